@@ -1,0 +1,338 @@
+"""Time of each operation against the two numbers that bound it: arithmetic and memory traffic.
+
+For every operation, at the sizes of ``benchmarks/hybrid_vs_transformers.py`` (4096 tokens): the least
+floating-point operations and the least bytes (inputs read once, outputs written once; in the backward
+pass also gradients), the time these need at the machine's measured matrix-product rate and copy
+bandwidth, and how near the back ends come. Rounds are interleaved, figures are medians.
+
+    python benchmarks/ops.py                       # all, two threads
+    python benchmarks/ops.py --only scan conv --clock cpu --threads 1
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from weft.ops.attention import attend, attend_cached
+from weft.ops.backend import use
+from weft.ops.conv import causal_conv, conv_step
+from weft.ops.cross_entropy import linear_cross_entropy
+from weft.ops.experts import expert_mlp
+from weft.ops.mlp import mlp
+from weft.ops.norm import gated_group_norm, rms_norm
+from weft.ops.router import document_balance, route
+from weft.ops.scan import ssd, ssd_step
+from weft.ops.segments import Segments
+
+TOKENS, WIDTH, VOCAB = 4096, 256, 8192
+HEADS, DIM, GROUPS, STATE, TAPS, CHUNK = 8, 64, 8, 128, 4, 64
+EXPERTS, TOP_K, LATENT, INNER = 32, 4, 128, 256
+CHANNELS = HEADS * DIM + 2 * GROUPS * STATE
+FLOAT = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one size; ``flops`` and ``numbers`` (read or written) are those of the forward pass.
+
+    The backward pass is counted as twice both. ``slow`` says that the reference is timed too.
+    """
+
+    name: str
+    op: str
+    call: Callable[..., object]
+    inputs: tuple[Tensor, ...]
+    flops: float
+    numbers: float
+    slow: bool = True
+    backward: bool = True
+
+
+def rand(*shape: int) -> Tensor:
+    """Normal numbers."""
+    return torch.randn(shape)
+
+
+def mamba_cases(length: int) -> Iterator[Case]:
+    """Scan and convolution over sequences of ``length`` tokens."""
+    t, segments = TOKENS, Segments((length,) * (TOKENS // length))
+    xBC = rand(t, CHANNELS + HEADS * DIM + HEADS)[:, HEADS * DIM : -HEADS]
+    sizes = [HEADS * DIM, GROUPS * STATE, GROUPS * STATE]
+    x, B, C = (
+        part.unflatten(1, (-1, w))
+        for part, w in zip(rand(t, CHANNELS).split(sizes, 1), (DIM, STATE, STATE), strict=True)
+    )
+    dt, A, D = torch.rand(t, HEADS).add_(0.01), -torch.arange(1.0, HEADS + 1), rand(HEADS)
+    inner = HEADS * DIM
+    flops = t * (CHUNK * (GROUPS * STATE + inner) + 4 * inner * STATE)
+    scan = partial(_scan, segments)
+    yield Case(
+        f"scan {length}",
+        "scan",
+        scan,
+        (x, dt, A, B, C, D),
+        flops,
+        t * (2 * inner + 2 * GROUPS * STATE),
+        slow=False,
+    )
+    conv = partial(_conv, segments)
+    yield Case(
+        f"conv {length}",
+        "conv",
+        conv,
+        (xBC, rand(CHANNELS, TAPS), rand(CHANNELS)),
+        2 * t * TAPS * CHANNELS,
+        2 * t * CHANNELS,
+    )
+
+
+def _scan(segments: Segments, *t: Tensor) -> object:
+    return ssd(*t, segments, CHUNK)
+
+
+def _conv(segments: Segments, *t: Tensor) -> object:
+    return causal_conv(*t, segments)
+
+
+def attention_cases(length: int) -> Iterator[Case]:
+    """Attention with 8 query and 2 key/value heads of 32."""
+    segments = Segments((length,) * (TOKENS // length))
+    q, k, v = rand(TOKENS, 12, 32).split([8, 2, 2], dim=1)
+    call = partial(_attend, segments)
+    yield Case(
+        f"attention {length}", "attention", call, (q, k, v), 2 * TOKENS * length * 8 * 32, TOKENS * 20 * 32
+    )
+
+
+def _attend(segments: Segments, *t: Tensor) -> object:
+    return attend(*t, segments, 32**-0.5)
+
+
+def width_cases() -> Iterator[Case]:
+    """Operations that look at one token at a time."""
+    t, inner = TOKENS, HEADS * DIM
+    z = rand(t, inner + CHANNELS + HEADS)[:, :inner]
+    yield Case(
+        "rms_norm",
+        "norm",
+        partial(rms_norm, eps=1e-5),
+        (rand(t, WIDTH), rand(WIDTH)),
+        4 * t * WIDTH,
+        2 * t * WIDTH,
+    )
+    gated = partial(_gated, 64)
+    yield Case("gated_norm", "norm", gated, (rand(t, inner), z, rand(inner)), 8 * t * inner, 3 * t * inner)
+    weights = (rand(1024, WIDTH), rand(WIDTH, 1024))
+    numbers = t * 2 * WIDTH + 2 * WIDTH * 1024
+    yield Case("mlp 1024", "mlp", mlp, (rand(t, WIDTH), *weights), 4 * t * WIDTH * 1024, numbers)
+    targets = torch.randint(VOCAB, (t,))
+    loss = partial(_loss, targets)
+    numbers = t * WIDTH + VOCAB * WIDTH
+    yield Case(
+        "cross_entropy",
+        "cross_entropy",
+        loss,
+        (rand(t, WIDTH), rand(VOCAB, WIDTH) * 0.02),
+        2 * t * WIDTH * VOCAB,
+        numbers,
+    )
+
+
+def _gated(group: int, y: Tensor, z: Tensor, weight: Tensor) -> object:
+    return gated_group_norm(y, z, weight, group, 1e-5)
+
+
+def _loss(targets: Tensor, hidden: Tensor, weight: Tensor) -> object:
+    return linear_cross_entropy(hidden, weight, targets, 1024, 1 / TOKENS)
+
+
+def expert_cases() -> Iterator[Case]:
+    """Routing, and experts with the loads of a random router."""
+    logits = rand(TOKENS, EXPERTS)
+    bias, segments = torch.zeros(EXPERTS), Segments((512,) * (TOKENS // 512))
+    small = TOKENS * (EXPERTS + 2 * TOP_K)
+    yield Case("route", "router", partial(_route, bias), (logits,), 0, small)
+    experts = route(logits, bias, TOP_K)[1]
+    yield Case(
+        "balance", "router", partial(_balance, experts, segments), (logits.sigmoid(),), 0, TOKENS * EXPERTS
+    )
+    counts = torch.bincount(experts.flatten(), minlength=EXPERTS)
+    yield expert_case("experts", counts)
+
+
+def expert_case(name: str, counts: Tensor, backward: bool = True) -> Case:
+    """Experts with given loads."""
+    rows, used = int(counts.sum()), int(counts.count_nonzero())
+    inputs = (
+        rand(rows, LATENT),
+        rand(EXPERTS, INNER, LATENT),
+        rand(EXPERTS, LATENT, INNER),
+        torch.rand(rows),
+    )
+    numbers = 2 * rows * LATENT + 2 * used * INNER * LATENT
+    return Case(
+        name,
+        "experts",
+        partial(_experts, counts),
+        inputs,
+        4 * rows * LATENT * INNER,
+        numbers,
+        backward=backward,
+    )
+
+
+def _route(bias: Tensor, logits: Tensor) -> object:
+    return route(logits, bias, TOP_K)[0]
+
+
+def _balance(experts: Tensor, segments: Segments, scores: Tensor) -> object:
+    return document_balance(scores, experts, segments, 1e-4)
+
+
+def _experts(counts: Tensor, x: Tensor, up: Tensor, down: Tensor, weights: Tensor) -> object:
+    return expert_mlp(x, up, down, counts, weights)
+
+
+def decode_cases(batch: int) -> Iterator[Case]:
+    """One token for each of ``batch`` sequences, 256 tokens in the cache."""
+    counts = torch.bincount(torch.randint(EXPERTS, (batch * TOP_K,)), minlength=EXPERTS)
+    yield expert_case(f"decode experts {batch}", counts, backward=False)
+    ones, inner = Segments((1,) * batch), HEADS * DIM
+    step = (
+        rand(batch, HEADS, DIM, STATE),
+        rand(batch, HEADS, DIM),
+        torch.rand(batch, HEADS),
+        -torch.rand(HEADS),
+        rand(batch, GROUPS, STATE),
+        rand(batch, GROUPS, STATE),
+        rand(HEADS),
+    )
+    yield Case(
+        f"decode scan {batch}",
+        "scan",
+        ssd_step,
+        step,
+        5 * batch * inner * STATE,
+        2 * batch * inner * STATE,
+        backward=False,
+    )
+    conv = (rand(batch, CHANNELS, TAPS - 1), rand(batch, CHANNELS), rand(CHANNELS, TAPS), rand(CHANNELS))
+    yield Case(
+        f"decode conv {batch}", "conv", conv_step, conv, 0, batch * CHANNELS * 2 * TAPS, backward=False
+    )
+    qkv = (
+        rand(batch, 8, 32),
+        rand(batch, 2, 32),
+        rand(batch, 2, 32),
+        rand(batch, 2, 300, 32),
+        rand(batch, 2, 300, 32),
+    )
+    numbers = batch * 256 * 2 * 2 * 32
+    for name, past in (("even", [256] * batch), ("ragged", [256 - s for s in range(batch)])):
+        call = partial(_cached, ones, past)
+        yield Case(f"decode attention {batch} {name}", "attention", call, qkv, 0, numbers, backward=False)
+
+
+def _cached(segments: Segments, past: list[int], *t: Tensor) -> object:
+    return attend_cached(*t, segments, past, 32**-0.5)
+
+
+def run(case: Case, backward: bool, clock: Callable[[], float]) -> float:
+    """Seconds of one call."""
+    leaves = [t.detach().requires_grad_(backward) for t in case.inputs]
+    with torch.set_grad_enabled(backward):
+        if not backward:
+            start = clock()
+            case.call(*leaves)
+            return clock() - start
+        out = case.call(*leaves)
+        cotangent = torch.ones_like(out)  # pyright: ignore[reportArgumentType]
+        del out
+        start = clock()
+        torch.autograd.grad(case.call(*leaves), leaves, cotangent)  # pyright: ignore[reportArgumentType]
+        return clock() - start
+
+
+def compare(case: Case, backward: bool, rounds: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Median seconds of each back end, in turn."""
+    names = ["fast", "reference"] if case.slow else ["fast"]
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds + 1):
+        for name in names:
+            with use(**{case.op: name}):
+                times[name].append(run(case, backward, clock))
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def limits() -> tuple[float, float]:
+    """Matrix-product operations per second, and bytes per second of a copy that no cache holds."""
+    a, b, long = rand(2048, 256), rand(256, 1024), rand(2**25)
+    out = torch.empty_like(long)
+    product = min(_wall(lambda: a @ b) for _ in range(50))
+    copy = min(_wall(lambda: out.copy_(long)) for _ in range(10))
+    return 2 * 2048 * 256 * 1024 / product, 2 * FLOAT * 2**25 / copy
+
+
+def _wall(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def report(cases: Sequence[Case], rounds: int, clock: Callable[[], float]) -> None:
+    """Print one line per operation and direction."""
+    peak, bandwidth = limits()
+    print(f"{torch.get_num_threads()} threads: {peak / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s")
+    print(
+        f"{'operation':26} {'MFLOP':>8} {'MB':>7} {'bound ms':>9} {'fast ms':>9} {'of bound':>8} {'reference':>9}"
+    )
+    for case in cases:
+        for backward in (False, True) if case.backward else (False,):
+            factor = 3 if backward else 1
+            bound = factor * max(case.flops / peak, FLOAT * case.numbers / bandwidth)
+            times = compare(case, backward, rounds, clock)
+            slow = f"{times['reference'] * 1e3:9.3f}" if case.slow else ""
+            name = case.name + (" +backward" if backward else "")
+            sizes = f"{factor * case.flops / 1e6:8.0f} {factor * FLOAT * case.numbers / 1e6:7.1f} {bound * 1e3:9.3f}"
+            print(
+                f"{name:26} {sizes} {times['fast'] * 1e3:9.3f} {bound / times['fast']:8.0%} {slow}",
+                flush=True,
+            )
+
+
+def main() -> None:
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="*", default=[], help="operations to time")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: of this process, for a busy machine"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    training = chain(
+        mamba_cases(512),
+        mamba_cases(2048),
+        attention_cases(512),
+        attention_cases(2048),
+        width_cases(),
+        expert_cases(),
+    )
+    cases = chain(training, decode_cases(1), decode_cases(8))
+    chosen = [case for case in cases if not args.only or case.op in args.only or case.name in args.only]
+    report(chosen, args.rounds, time.perf_counter if args.clock == "wall" else time.process_time)
+
+
+if __name__ == "__main__":
+    main()

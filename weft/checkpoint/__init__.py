@@ -1,0 +1,1 @@
+"""Sharded checkpoints with checksums, committed by rename; Hugging Face in and out."""

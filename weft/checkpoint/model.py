@@ -1,0 +1,49 @@
+"""A model from a checkpoint, and the tokenizer that lies beside it."""
+
+from pathlib import Path
+
+import torch
+
+from weft.build.model import assemble_from
+from weft.checkpoint.load import Checkpoint, match, open_checkpoint
+from weft.config.errors import CheckpointError
+from weft.config.load import from_dict
+from weft.config.text import parse
+from weft.models.hybrid import HybridLM
+from weft.spec.hybrid import HybridConfig
+
+
+def model_config(checkpoint: Checkpoint) -> HybridConfig:
+    """The model section of the run that wrote a checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint names no model.
+    """
+    text = checkpoint.meta.get("config")
+    held = parse(text, f"{checkpoint.path}: config").values.get("model") if isinstance(text, str) else None
+    if not isinstance(held, dict):
+        raise CheckpointError(
+            f"{checkpoint.path}: its manifest describes no model; it was not written by weft"
+        )
+    return from_dict(HybridConfig, held)
+
+
+def load_model(
+    path: Path, precision: str = "fp32", device: torch.device | None = None
+) -> tuple[HybridLM, HybridConfig]:
+    """The model of a run, checkpoints or step directory.
+
+    Raises:
+        CheckpointError: nothing committed there, damage, or tensors that do not fit its config.
+    """
+    checkpoint = open_checkpoint(path)
+    config = model_config(checkpoint)
+    match(checkpoint, config.params(), "model/")
+    where = device or torch.device("cpu")
+    return assemble_from(config, precision, where, lambda name: checkpoint.read(f"model/{name}")), config
+
+
+def run_of(path: Path) -> Path:
+    """The run directory that a run, checkpoints or step directory belongs to."""
+    step = open_checkpoint(path).path
+    return step.parent.parent if step.parent.name == "checkpoints" else step.parent

@@ -1,0 +1,1 @@
+"""Frozen configuration base, strict loader, dotted overrides and errors. No torch."""

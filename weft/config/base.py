@@ -1,0 +1,81 @@
+"""The frozen configuration base: fields that carry their own documentation and limits."""
+
+import math
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
+
+from weft.config.errors import Problem
+
+
+def setting(
+    default: Any = MISSING,
+    doc: str = "",
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+) -> Any:
+    """A documented dataclass field; ``ge/gt/le/lt`` bound a number (units belong in ``doc``).
+
+    A default that is a class or function is called for each new object, like a ``default_factory``.
+    """
+    limits = {"ge": ge, "gt": gt, "le": le, "lt": lt}
+    metadata = {"doc": doc, "limits": {k: v for k, v in limits.items() if v is not None}}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+_LIMITS: dict[str, tuple[Callable[[float, float], bool], str]] = {
+    "ge": (operator.ge, "at least"),
+    "gt": (operator.gt, "more than"),
+    "le": (operator.le, "at most"),
+    "lt": (operator.lt, "less than"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A frozen tree of settings. Subclasses are ``@dataclass(frozen=True, kw_only=True)``."""
+
+    def check(self) -> Iterator[Problem]:
+        """Problems between fields; runs only when every number of this tree is within its limits."""
+        return iter(())
+
+    def problems(self) -> Iterator[Problem]:
+        """Every problem of this tree: limits of the fields and sections below, then ``check``."""
+        for f in fields(self):
+            yield from member_problems(f, getattr(self, f.name))
+        if self.within_limits():
+            yield from self.check()
+
+    def within_limits(self) -> bool:
+        """Whether every number of this tree is within its field's limits."""
+        values = ((f, getattr(self, f.name)) for f in fields(self))
+        return all(
+            v.within_limits() if isinstance(v, Config) else not any(member_problems(f, v)) for f, v in values
+        )
+
+
+def member_problems(f: Field[Any], value: Any) -> Iterator[Problem]:
+    """Problems of one field: those of a section below, or a number outside its limits."""
+    limits: dict[str, float] = f.metadata.get("limits", {})
+    if isinstance(value, Config):
+        yield from (p.under(f.name) for p in value.problems())
+    elif isinstance(value, (int, float)) and not isinstance(value, bool) and limits:
+        fault = "" if math.isfinite(value) else "not a finite number"
+        if not all(_LIMITS[key][0](value, bound) for key, bound in limits.items()):
+            fault = fault or "out of range"
+        if fault:
+            yield Problem(f.name, f"{value} is {fault}; it must be{limit_words(f).removeprefix(' of')}")
+
+
+def limit_words(f: Field[Any]) -> str:
+    """`` of at least 0 and less than 1``, or nothing for a field without limits."""
+    limits: dict[str, float] = f.metadata.get("limits", {})
+    return (
+        " of " + " and ".join(f"{_LIMITS[key][1]} {bound}" for key, bound in limits.items()) if limits else ""
+    )

@@ -1,0 +1,1 @@
+"""Fingerprinted, resumable sources packed into batches with document boundaries. Knows no ranks."""

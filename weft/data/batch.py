@@ -1,0 +1,41 @@
+"""What the loader hands to training: a flat run of tokens with its targets and boundaries."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Int64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed windows, flat over tokens.
+
+    ``future[k - 1, i]`` is the token ``k`` places after token ``i`` in the same document, and -1 where the
+    document has none. The loader looks beyond the window, never beyond the document. ``lengths`` are the
+    segments (a document, or its part inside one window) and sum to the tokens; ``samples`` are the global
+    indices of the windows. ``mask`` tells which targets count: all that exist, except in the last window of
+    an epoch, whose repeated tokens do not count twice.
+    """
+
+    tokens: Int64[np.ndarray, " tokens"]
+    future: Int64[np.ndarray, "targets tokens"]
+    mask: Bool[np.ndarray, "targets tokens"]
+    lengths: tuple[int, ...]
+    samples: tuple[int, ...]
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """Targets that count, per depth: next token first, then the MTP depths."""
+        return tuple(int(n) for n in self.mask.sum(axis=1))
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """One batch of all windows, in order."""
+    return Batch(
+        tokens=np.concatenate([b.tokens for b in batches]),
+        future=np.concatenate([b.future for b in batches], axis=1),
+        mask=np.concatenate([b.mask for b in batches], axis=1),
+        lengths=tuple(n for b in batches for n in b.lengths),
+        samples=tuple(n for b in batches for n in b.samples),
+    )

@@ -1,0 +1,101 @@
+"""Mixture of experts with sigmoid routing, shared expert and optional latent width.
+
+Router: DeepSeek-V3 (arXiv 2412.19437, 2.1.2). Latent form: Nemotron 3 (arXiv 2512.20856).
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from weft.nn.context import Context, RouterStats
+from weft.nn.linear import Linear
+from weft.nn.mlp import MLP
+from weft.nn.module import Layer, Part
+from weft.nn.slots import Enter, Exchange, Leave
+from weft.ops.experts import expert_mlp
+from weft.ops.router import document_balance, route, z_loss
+from weft.spec.layers import MoEConfig, RouterConfig
+
+
+class Router(Layer):
+    """Scores in fp32 from the full width; choices by score plus bias; weights from the scores."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, config: RouterConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.own(config.params())
+
+    def forward(
+        self, x: Float[Tensor, "tokens embed"], ctx: Context, key: str
+    ) -> tuple[Float[Tensor, "tokens top_k"], Int[Tensor, "tokens top_k"], RouterStats]:
+        """Routing weights, chosen experts, statistics."""
+        c = self.config
+        dtype = self.bias.dtype
+        logits = F.linear(x.to(dtype), self.weight.to(dtype))
+        weights, experts, scores = route(
+            logits,
+            self.bias,
+            c.top_k,
+            groups=c.expert_groups,
+            top_groups=c.top_groups,
+            normalize=c.normalize,
+            scale=c.scale,
+            choices=ctx.replay.choices.get(key),
+        )
+        ctx.replay.choices.setdefault(key, experts)
+        return weights, experts, self.stats(logits, scores, experts, ctx)
+
+    def stats(
+        self,
+        logits: Float[Tensor, "tokens experts"],
+        scores: Float[Tensor, "tokens experts"],
+        experts: Int[Tensor, "tokens top_k"],
+        ctx: Context,
+    ) -> RouterStats:
+        """Losses (only where their coefficients ask for them), entropy and load."""
+        c = self.config
+        zero = logits.new_zeros(())
+        if not torch.is_grad_enabled():
+            return RouterStats(zero, zero, zero, torch.bincount(experts.flatten(), minlength=c.experts))
+        balance = document_balance(scores, experts, ctx.segments, c.aux_coef) if c.aux_coef else zero
+        z = c.z_coef * z_loss(logits) if c.z_coef else zero
+        with torch.no_grad():
+            share = scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
+            entropy = -torch.xlogy(share, share).sum()
+        return RouterStats(balance, z, entropy, torch.bincount(experts.flatten(), minlength=c.experts))
+
+
+class MoE(Layer):
+    """``up(sum_k w_k expert_k(down(x))) + shared(x)``; without ``latent``, up and down are absent."""
+
+    experts: Part
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.router = Router(config.router)
+        self.shared = MLP(config.shared) if config.shared_mlp else None
+        self.latent_down = Linear(config.latent_down) if config.latent else None
+        self.latent_up = Linear(config.latent_up) if config.latent else None
+        self.own(config.params())
+        self.enter, self.leave, self.exchange = Enter(), Leave(), Exchange()
+
+    def forward(
+        self, x: Float[Tensor, "tokens embed"], ctx: Context, key: str
+    ) -> tuple[Float[Tensor, "tokens embed"], RouterStats | None]:
+        """The mixer's output, before the residual sum, and the router's statistics."""
+        weights, experts, stats = self.router(x, ctx, key)
+        z = self.latent_down(x) if self.latent_down else x
+        ticket = self.exchange.dispatch(z, weights.to(z.dtype), experts, self.config.experts)
+        rows = expert_mlp(
+            ticket.rows, self.experts.up_proj, self.experts.down_proj, ticket.counts, ticket.weights
+        )
+        y = self.exchange.combine(rows, ticket)
+        y = self.latent_up(y) if self.latent_up else y
+        if self.shared:
+            y = y + self.leave(self.shared.apply_to(self.enter(x)))
+        return y, stats

@@ -1,0 +1,171 @@
+"""The slots: places where a layer's mathematics may need a peer, with one-device defaults.
+
+The whole vocabulary: enter, leave, total, lookup, attend, scan, halo, dispatch/combine, loss.
+A parallel layout replaces a slot; the layer around it does not change.
+"""
+
+from typing import NamedTuple, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from weft.nn.state import KVState, MambaState
+from weft.ops.attention import attend, attend_cached
+from weft.ops.conv import causal_conv, conv_step
+from weft.ops.cross_entropy import linear_cross_entropy
+from weft.ops.dispatch import collect, spread
+from weft.ops.scan import ssd, ssd_step
+from weft.ops.segments import Segments
+
+
+class Enter(nn.Module):
+    """Residual tokens of this rank -> tokens the layer computes on."""
+
+    def forward(self, x: Float[Tensor, "tokens embed"]) -> Float[Tensor, "tokens embed"]:
+        """All tokens are here already."""
+        return x
+
+
+class Leave(nn.Module):
+    """(Partial) layer output -> residual tokens of this rank."""
+
+    def forward(self, x: Float[Tensor, "tokens embed"]) -> Float[Tensor, "tokens embed"]:
+        """The output is complete already."""
+        return x
+
+
+class Total(nn.Module):
+    """Sum of a small statistic over the ranks that share its dimension."""
+
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The statistic is complete already."""
+        return x
+
+
+class Lookup(nn.Module):
+    """Rows of a (sharded) token table."""
+
+    def forward(
+        self, ids: Int[Tensor, " tokens"], weight: Float[Tensor, "vocab embed"]
+    ) -> Float[Tensor, "tokens embed"]:
+        """The table is whole."""
+        return F.embedding(ids, weight)
+
+
+class Attend(nn.Module):
+    """Causal attention inside segments, over a cache where there is one."""
+
+    def forward(
+        self,
+        q: Float[Tensor, "tokens heads head_dim"],
+        k: Float[Tensor, "tokens kv_heads head_dim"],
+        v: Float[Tensor, "tokens kv_heads head_dim"],
+        segments: Segments,
+        state: KVState | None = None,
+        past: list[int] | None = None,
+    ) -> Float[Tensor, "tokens heads head_dim"]:
+        """Keys and values are here already. ``past``: tokens of each sequence already in ``state``."""
+        scale = q.shape[-1] ** -0.5
+        if state is None or past is None:
+            return attend(q, k, v, segments, scale)
+        return attend_cached(q, k, v, state.keys, state.values, segments, past, scale)
+
+
+class Scan(nn.Module):
+    """The Mamba-2 scan inside segments, from a state where there is one."""
+
+    def __init__(self, chunk: int) -> None:
+        super().__init__()
+        self.chunk = chunk
+
+    def forward(
+        self,
+        x: Float[Tensor, "tokens heads head_dim"],
+        dt: Float[Tensor, "tokens heads"],
+        A: Float[Tensor, " heads"],
+        B: Float[Tensor, "tokens groups state"],
+        C: Float[Tensor, "tokens groups state"],
+        D: Float[Tensor, " heads"],
+        segments: Segments,
+        state: MambaState | None = None,
+    ) -> Float[Tensor, "tokens heads head_dim"]:
+        """Segments begin here and end here."""
+        if state is None:
+            return cast(Tensor, ssd(x, dt, A, B, C, D, segments, self.chunk))
+        if segments.uniform == 1:
+            return ssd_step(state.ssm, x, dt, A, B, C, D)
+        y, final = ssd(x, dt, A, B, C, D, segments, self.chunk, initial=state.ssm, return_final=True)
+        state.ssm.copy_(final)
+        return y
+
+
+class Halo(nn.Module):
+    """The convolution's tokens before the first one of a segment."""
+
+    def forward(
+        self,
+        x: Float[Tensor, "tokens channels"],
+        weight: Float[Tensor, "channels taps"],
+        bias: Float[Tensor, " channels"],
+        segments: Segments,
+        state: MambaState | None = None,
+    ) -> Float[Tensor, "tokens channels"]:
+        """Segments begin here; ``silu(conv(x) + bias)``."""
+        if state is None:
+            return cast(Tensor, causal_conv(x, weight, bias, segments))
+        if segments.uniform == 1:
+            return conv_step(state.conv, x, weight, bias)
+        y, final = causal_conv(x, weight, bias, segments, initial=state.conv, return_final=True)
+        state.conv.copy_(final)
+        return y
+
+
+class Dispatched(NamedTuple):
+    """Rows for the local experts, sorted by expert, and the way back."""
+
+    rows: Float[Tensor, "rows width"]
+    weights: Float[Tensor, " rows"]
+    counts: Int[Tensor, " experts"]
+    order: Int[Tensor, " rows"]
+    back: Int[Tensor, "tokens top_k"]
+
+
+class Exchange(nn.Module):
+    """Tokens to experts (``dispatch``) and back (``combine``), combined in slot order."""
+
+    def dispatch(
+        self,
+        x: Float[Tensor, "tokens width"],
+        weights: Float[Tensor, "tokens top_k"],
+        experts: Int[Tensor, "tokens top_k"],
+        num_experts: int,
+    ) -> Dispatched:
+        """All experts are here: sort the (token, slot) pairs by expert, stably."""
+        flat = experts.flatten()
+        order = torch.argsort(flat, stable=True)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.numel(), device=order.device)
+        counts = torch.bincount(flat, minlength=num_experts)
+        back = back.view(experts.shape)
+        return Dispatched(spread(x, order, back), weights.flatten()[order], counts, order, back)
+
+    def combine(self, y: Float[Tensor, "rows width"], ticket: Dispatched) -> Float[Tensor, "tokens width"]:
+        """Sum the rows of each token in slot order (the routing weights are applied already)."""
+        return collect(y, ticket.order, ticket.back)
+
+
+class Loss(nn.Module):
+    """Cross-entropy of the output head, without ever holding all logits."""
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "tokens embed"],
+        weight: Float[Tensor, "vocab embed"],
+        targets: Int[Tensor, " tokens"],
+        scale: float,
+        chunk: int,
+    ) -> Float[Tensor, ""]:
+        """``scale`` times the summed loss of targets >= 0; the vocabulary is whole."""
+        return linear_cross_entropy(hidden, weight, targets, chunk=chunk, scale=scale)

@@ -1,0 +1,1 @@
+"""Mathematical functions: one readable reference each, and named fast back ends."""

@@ -1,0 +1,1 @@
+"""What a layout needs on torch: communicators, slot fillers, gradient reduction."""

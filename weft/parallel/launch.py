@@ -1,0 +1,32 @@
+"""Joining the ranks that torchrun started."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from weft.config.env import local_rank, world_size
+from weft.parallel.comm import C10dComm, Comm, SingleComm
+
+
+@contextmanager
+def connected(device: torch.device, timeout: float = 1800.0) -> Iterator[Comm]:
+    """The communicator of this process: all of torchrun's ranks, or one rank without torchrun.
+
+    Args:
+        device: CUDA ranks talk through NCCL, CPU ranks through Gloo.
+        timeout: seconds a collective may take.
+    """
+    if world_size() == 1:
+        yield SingleComm()
+        return
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(local_rank())
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+    try:
+        yield C10dComm()
+    finally:
+        dist.destroy_process_group()

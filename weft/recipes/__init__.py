@@ -1,0 +1,1 @@
+"""Complete runs as typed functions, and the command line."""

@@ -1,0 +1,159 @@
+"""A whole run, as one frozen tree."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from weft.config.base import Config, setting
+from weft.config.errors import Problem
+from weft.spec.data import DataConfig
+from weft.spec.hybrid import HybridConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Config):
+    """Where and how the run happens."""
+
+    name: str = setting("run", "name of the run, shown in reports and trackers")
+    dir: str = setting("", "run directory; empty is runs/<name>")
+    seed: int = setting(1234, "seed of initialization and data order", ge=0)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes CUDA where there is a device")
+    threads: int = setting(0, "CPU threads of this process; 0 leaves torch's choice", ge=0)
+    deterministic: bool = setting(False, "refuse operations that are not deterministic on the device")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """The training loop."""
+
+    train_iters: int = setting(1000, "optimizer steps", ge=1)
+    global_batch_size: int = setting(8, "sequences per optimizer step, all ranks together", ge=1)
+    micro_batch_size: int = setting(8, "sequences per forward pass on one rank", ge=1)
+    precision: Literal["fp64", "fp32", "bf16"] = setting(
+        "fp32", "parameters and arithmetic; bf16 keeps fp32 master weights, gradients, router and SSM state"
+    )
+    recompute: bool = setting(False, "recompute layers in the backward pass instead of keeping activations")
+    loss_chunk: int = setting(1024, "tokens whose logits exist at a time", ge=1)
+    nan_policy: Literal["stop"] = setting("stop", "what a NaN or infinite loss does")
+    exit_duration_in_mins: float = setting(
+        0.0, "stop (with a checkpoint) after this many minutes of training; 0 is never", ge=0
+    )
+
+    def check(self) -> Iterator[Problem]:
+        """Microbatches divide the batch."""
+        if self.global_batch_size % self.micro_batch_size:
+            yield Problem(
+                "micro_batch_size",
+                f"{self.micro_batch_size} does not divide train.global_batch_size = {self.global_batch_size}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig(Config):
+    """Evaluation in bits per byte."""
+
+    eval_interval: int = setting(100, "steps between evaluations; 0 evaluates only at the end", ge=0)
+    eval_iters: int = setting(
+        8, "microbatches per evaluation while training; the last one reads everything", ge=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Config):
+    """AdamW (Loshchilov and Hutter 2019). Norms, biases and per-head scalars do not decay."""
+
+    lr: float = setting(1e-3, "peak learning rate", gt=0)
+    min_lr: float = setting(1e-5, "final learning rate", ge=0)
+    beta1: float = setting(0.9, "decay of the first moment", ge=0, lt=1)
+    beta2: float = setting(0.95, "decay of the second moment", ge=0, lt=1)
+    eps: float = setting(1e-8, "added to the root of the second moment", gt=0)
+    weight_decay: float = setting(0.1, "decoupled weight decay", ge=0)
+    clip_grad: float = setting(1.0, "largest global gradient norm; 0 does not clip", ge=0)
+
+    def check(self) -> Iterator[Problem]:
+        """min_lr below lr."""
+        if self.min_lr > self.lr:
+            yield Problem("min_lr", f"{self.min_lr} is above optimizer.lr = {self.lr}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig(Config):
+    """Learning-rate schedule: warm-up, then WSD (Hu et al. 2024), cosine, linear or constant."""
+
+    lr_decay_style: Literal["WSD", "cosine", "linear", "constant"] = setting("WSD", "shape after warm-up")
+    lr_warmup_iters: int = setting(0, "steps of linear warm-up", ge=0)
+    lr_decay_iters: int = setting(0, "step at which the decay ends; 0 is train.train_iters", ge=0)
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = setting(
+        "minus_sqrt", "shape of the WSD decay"
+    )
+    lr_wsd_decay_iters: int = setting(0, "steps of the WSD decay; 0 is a fifth of the run", ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Config):
+    """Saving and resuming."""
+
+    save: bool = setting(True, "write checkpoints into the run directory")
+    load: str = setting(
+        "", "run or step directory to resume from; 'auto' resumes this run directory if it has a checkpoint"
+    )
+    save_interval: int = setting(0, "steps between checkpoints; 0 saves only at the end", ge=0)
+    async_save: bool = setting(False, "write in the background")
+    most_recent_k: int = setting(2, "checkpoints kept; 0 keeps all", ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggerConfig(Config):
+    """Metrics always go to metrics.jsonl and report.html."""
+
+    log_interval: int = setting(10, "steps between lines on the terminal", ge=1)
+    tensorboard: bool = setting(False, "also log to TensorBoard (extra: tensorboard)")
+    wandb: str = setting("", "also log to this W&B project (extra: wandb)")
+    mlflow: str = setting("", "also log to this MLflow experiment (extra: mlflow)")
+    trackio: str = setting("", "also log to this Trackio project (extra: trackio)")
+    peak_flops: float = setting(
+        0.0,
+        "peak FLOP/s of the device for the utilization figure; 0 measures a matrix product at start",
+        ge=0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Config):
+    """Everything about a run; recipes are functions that return one."""
+
+    run: RunSettings = setting(RunSettings, "where and how")
+    model: HybridConfig = setting(doc="the model")
+    data: DataConfig = setting(DataConfig, "the data")
+    train: TrainConfig = setting(TrainConfig, "the loop")
+    validation: ValidationConfig = setting(ValidationConfig, "evaluation")
+    optimizer: OptimizerConfig = setting(OptimizerConfig, "AdamW")
+    scheduler: SchedulerConfig = setting(SchedulerConfig, "learning rate")
+    checkpoint: CheckpointConfig = setting(CheckpointConfig, "checkpoints")
+    logger: LoggerConfig = setting(LoggerConfig, "metrics")
+
+    @property
+    def directory(self) -> Path:
+        """Where the run's files lie."""
+        return Path(self.run.dir or f"runs/{self.run.name}")
+
+    @property
+    def cache(self) -> Path:
+        """Where tokenized corpora lie, shared by the runs of one parent directory."""
+        return Path(self.data.cache or self.directory.parent / ".cache")
+
+    def check(self) -> Iterator[Problem]:
+        """What two sections must agree on."""
+        warm, decay = self.scheduler.lr_warmup_iters, self.scheduler.lr_wsd_decay_iters
+        last = self.scheduler.lr_decay_iters or self.train.train_iters
+        if warm + decay > last:
+            message = (
+                f"warm-up ({warm}) and WSD decay ({decay}) exceed the schedule's {last} steps; shorten one"
+            )
+            yield Problem("scheduler.lr_warmup_iters", message)
+        if not self.data.tokenizer.path and self.data.source != "mock":
+            trained, vocab = self.data.tokenizer.vocab_size, self.model.vocab_size
+            if trained > vocab:
+                message = f"{trained} tokens do not fit model.vocab_size = {vocab}; lower it or raise that"
+                yield Problem("data.tokenizer.vocab_size", message)

@@ -1,0 +1,1 @@
+"""Objective, optimizer, loop, metrics and report."""

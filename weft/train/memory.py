@@ -1,0 +1,12 @@
+"""How much memory a run has used."""
+
+import resource
+
+import torch
+
+
+def peak_memory(device: torch.device) -> float:
+    """Largest memory so far, GiB: of the allocator on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

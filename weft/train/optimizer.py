@@ -1,0 +1,94 @@
+"""AdamW on the store's flat buffers, and the router's correction bias."""
+
+import torch
+from torch import Tensor
+
+from weft.models.hybrid import HybridLM
+from weft.nn.moe import MoE
+from weft.parallel.comm import Comm
+from weft.parallel.store import Store
+from weft.spec.run import OptimizerConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Optimizer:
+    """Decoupled weight decay Adam (Loshchilov and Hutter 2019), one fused call per buffer."""
+
+    def __init__(self, store: Store, config: OptimizerConfig) -> None:
+        self.store, self.config = store, config
+        for flat in store.flats:
+            flat.master.grad = flat.grad
+        groups = [
+            {"params": [flat.master], "weight_decay": config.weight_decay if flat.decay else 0.0}
+            for flat in store.flats
+        ]
+        betas = (config.beta1, config.beta2)
+        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+        for flat in store.flats:  # made now, so that a resumed run fills the same tensors
+            zero = {name: torch.zeros_like(flat.master) for name in MOMENTS}
+            self.adamw.state[flat.master] = {"step": torch.zeros((), device=flat.master.device), **zero}
+
+    def clip(self, norm: Tensor) -> None:
+        """Scale gradients so that their global norm is at most ``clip_grad``."""
+        if self.config.clip_grad:
+            self.store.scale((self.config.clip_grad / (norm + 1e-6)).clamp_max(1.0))
+
+    def step(self, lr: float) -> None:
+        """Update master values and publish them."""
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        self.store.publish()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Moments, and master values where they differ from parameters, by checkpoint name."""
+        found: dict[str, Tensor] = {}
+        for flat in self.store.flats:
+            state = self.adamw.state[flat.master]
+            for moment in MOMENTS:
+                found |= {f"optimizer/{moment}/{n}": t for n, t in flat.views(state[moment]).items()}
+            if flat.master is not flat.compute:
+                found |= {f"optimizer/master/{n}": t for n, t in flat.views(flat.master).items()}
+        return found
+
+    @property
+    def steps(self) -> int:
+        """Updates so far (the bias correction's exponent)."""
+        return int(self.adamw.state[self.store.flats[0].master]["step"].item())
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        for flat in self.store.flats:
+            self.adamw.state[flat.master]["step"].fill_(value)
+
+
+class RouterLoad:
+    """Tokens per expert over one global batch, and the correction bias they move."""
+
+    def __init__(self, model: HybridLM) -> None:
+        self.model = model
+        self.counts: dict[str, Tensor] = {}
+
+    def add(self, key: str, counts: Tensor) -> None:
+        """Add one microbatch; repetitions of an MTP depth count for the one physical layer."""
+        name = self._physical(key)
+        self.counts[name] = self.counts[name] + counts if name in self.counts else counts.clone()
+
+    def _physical(self, key: str) -> str:
+        part, depth, *rest = key.split(".")
+        return ".".join(["mtp", str(int(depth) % len(self.model.mtp)), *rest]) if part == "mtp" else key
+
+    def finish(self, comm: Comm, rate: float) -> dict[str, Tensor]:
+        """Sum over ranks, move every bias by ``rate * sign(mean - count)``, return the counts."""
+        if self.counts and comm.size > 1:
+            names = sorted(self.counts)
+            together = comm.all_reduce(torch.stack([self.counts[name] for name in names]))
+            self.counts = dict(zip(names, together, strict=True))
+        for name, counts in self.counts.items() if rate else ():
+            moe = self.model.get_submodule(name).mixer
+            if isinstance(moe, MoE):
+                load = counts.to(moe.router.bias.dtype)
+                moe.router.bias += rate * (load.mean() - load).sign()
+        counts, self.counts = self.counts, {}
+        return counts

@@ -1,0 +1,84 @@
+"""Checkpoints of a training run: what they hold, when they are written, how a run resumes."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weft.build.model import tensors
+from weft.checkpoint.load import Checkpoint, match, open_checkpoint
+from weft.checkpoint.save import AsyncSaver, save
+from weft.checkpoint.shard import Piece
+from weft.checkpoint.steps import latest
+from weft.config.load import to_yaml
+from weft.parallel.comm import Comm
+from weft.spec.run import RunConfig
+from weft.train.loop import Trainer
+
+
+class Saving:
+    """Writes and reads the checkpoints of one run."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, comm: Comm) -> None:
+        self.config, self.comm = config, comm
+        self.root = run_dir / "checkpoints"
+        self.background = AsyncSaver() if config.checkpoint.async_save else None
+        self.source = self._source()
+
+    def _source(self) -> Checkpoint | None:
+        load = self.config.checkpoint.load
+        if load == "auto":
+            return open_checkpoint(self.root) if latest(self.root) else None
+        return open_checkpoint(Path(load)) if load else None
+
+    def position(self) -> dict[str, Any] | None:
+        """Where the data stood, or None for a new run."""
+        return self.source.meta["data"] if self.source else None
+
+    def restore(self, trainer: Trainer) -> int:
+        """Fill the trainer from the checkpoint; returns the steps done (0 for a new run).
+
+        Raises:
+            CheckpointError: a damaged checkpoint, or one of another model (all differences listed).
+        """
+        source = self.source
+        if source is None:
+            return 0
+        match(source, self.config.model.params(), "model/")
+        named = self._tensors(trainer)
+        for name, tensor in named.items():
+            tensor.copy_(source.read(name))
+        trainer.store.publish()
+        trainer.optimizer.steps = source.meta["optimizer_steps"]
+        trainer.samples, trainer.tokens = source.meta["samples"], source.meta["tokens"]
+        trainer.seconds = source.meta["seconds"]
+        torch.set_rng_state(source.read("rng/torch"))
+        return source.step
+
+    def _tensors(self, trainer: Trainer) -> dict[str, torch.Tensor]:
+        return trainer.tensors(dict(tensors(trainer.model, self.config.model)))
+
+    def maybe(self, step: int, trainer: Trainer) -> None:
+        """Save where ``checkpoint.save_interval`` asks for it."""
+        every = self.config.checkpoint.save_interval
+        if every and step % every == 0 and step < self.config.train.train_iters:
+            self.save(step, trainer)
+
+    def save(self, step: int, trainer: Trainer, final: bool = False) -> None:
+        """Write the checkpoint of ``step``; in the background if asked, but never the final one."""
+        if not self.config.checkpoint.save:
+            return
+        named = self._tensors(trainer) | {"rng/torch": torch.get_rng_state()}
+        pieces = [Piece.whole(name, tensor) for name, tensor in named.items()]
+        meta = {
+            "config": to_yaml(self.config),
+            "data": trainer.loader.state(trainer.samples),
+            "samples": trainer.samples,
+            "tokens": trainer.tokens,
+            "seconds": trainer.seconds,
+            "optimizer_steps": trainer.optimizer.steps,
+        }
+        write = self.background.save if self.background else save
+        write(self.root, step, pieces, meta, self.comm, self.config.checkpoint.most_recent_k)
+        if self.background and final:
+            self.background.wait()
