@@ -3,10 +3,12 @@
 import platform
 import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy
 import torch
+
+from weft import __version__
 
 
 def environment(
@@ -19,8 +21,13 @@ def environment(
         source: a file of the program whose git commit counts; this one if not given.
     """
     device = device or torch.device("cpu")
-    facts: dict[str, str | int | float] = {name: _version(name) for name in ("weft", "torch", "numpy")}
-    facts |= {"python": platform.python_version(), "cpu": _cpu(), "threads": torch.get_num_threads()}
+    facts: dict[str, str | int | float] = {"weft": __version__, "torch": torch.__version__}
+    facts |= {
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+    }
     facts |= {"system": f"{platform.system()} {platform.release()} {platform.machine()}"}
     facts |= {"device": str(device), "started": datetime.now(UTC).isoformat(timespec="seconds")}
     if device.type == "cuda":
@@ -28,13 +35,6 @@ def environment(
         memory = round(gpu.total_memory / 2**30, 1)
         facts |= {"gpu": gpu.name, "gpu_memory_gib": memory, "cuda": str(torch.version.cuda)}
     return facts | _commit(source or Path(__file__))
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _cpu() -> str:

@@ -154,7 +154,7 @@ def _row(path: str, value: object, origins: Mapping[str, str]) -> str:
     kind = ' class="set"' if origin not in ("", "default") else ""
     label = path.split(".", 1)[-1]
     third = f"<td>{_html(origin)}</td>" if origins else ""
-    return f"<tr{kind}><td>{_html(label)}</td><td>{_html(value)}</td>{third}</tr>"
+    return f"<tr{kind}><td>{_html(label)}</td><td>{_html(None if value == '' else value)}</td>{third}</tr>"
 
 
 def _html(value: object) -> str:

@@ -139,7 +139,7 @@ def expert_cards(record: Record) -> list[Card]:
     cards += [
         Card("Busiest expert", "Its load over the mean load of its layer.", lines(busiest, "× mean load")),
         Card("Load entropy", fair, lines(entropy, "share of ln(experts)")),
-        Card("Idle experts", "No token at a step.", lines(idle, "experts", zero=True, exact=True)),
+        Card("Idle experts", "No token chose them at a step.", lines(idle, "experts", zero=True, exact=True)),
     ]
     entropies = {unit: record.series("router_entropy", unit) for unit in record.units("router_entropy")}
     if entropies := {unit: series for unit, series in entropies.items() if series}:

@@ -1,0 +1,1 @@
+"""Where model and layout meet: parameters from specs, initial values, the assembled model."""

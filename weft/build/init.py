@@ -1,0 +1,54 @@
+"""Initial values: functions of (seed, name, global index), never of the layout.
+
+A parameter is drawn in blocks of rows, each from a generator seeded by (seed, name, block), so a
+rank can draw any box of a parameter without drawing the rest.
+"""
+
+import hashlib
+import math
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from weft.spec.param import Init, ParamSpec
+
+BLOCK = 1 << 20  # elements drawn from one generator
+
+
+def initial(spec: ParamSpec, seed: int, dtype: torch.dtype) -> Shaped[Tensor, "..."]:
+    """The whole parameter, in its global shape.
+
+    Values are drawn in fp32 on the CPU (fp64 policies convert them), so devices and precisions agree.
+    """
+    rows = spec.shape[0]
+    height = max(1, BLOCK * rows // max(1, spec.numel))
+    blocks = [
+        _draw(spec.init, (min(height, rows - top), *spec.shape[1:]), top, _generator(seed, spec.name, top))
+        for top in range(0, rows, height)
+    ]
+    return torch.cat(blocks).to(dtype)
+
+
+def _generator(seed: int, name: str, block: int) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _draw(init: Init, shape: tuple[int, ...], first_row: int, generator: torch.Generator) -> Tensor:
+    match init.kind:
+        case "normal":
+            return torch.empty(shape).normal_(0.0, init.scale, generator=generator)
+        case "uniform":
+            return torch.empty(shape).uniform_(-init.scale, init.scale, generator=generator)
+        case "ones":
+            return torch.ones(shape)
+        case "zeros":
+            return torch.zeros(shape)
+        case "log_arange":
+            return torch.arange(first_row + 1, first_row + 1 + shape[0], dtype=torch.float32).log()
+        case "dt_bias":
+            spread = torch.empty(shape).uniform_(generator=generator)
+            low, high = math.log(init.low), math.log(init.high)
+            dt = (low + (high - low) * spread).exp().clamp_min(init.floor)
+            return dt + (-torch.expm1(-dt)).log()  # inverse of softplus
