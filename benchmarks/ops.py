@@ -25,6 +25,7 @@ from weft.ops.backend import use
 from weft.ops.conv import causal_conv, conv_step
 from weft.ops.cross_entropy import linear_cross_entropy
 from weft.ops.experts import expert_mlp
+from weft.ops.memory import keep_freed_memory
 from weft.ops.mlp import mlp
 from weft.ops.norm import gated_group_norm, rms_norm
 from weft.ops.router import document_balance, route
@@ -320,6 +321,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     torch.manual_seed(0)
     training = chain(
         mamba_cases(512),

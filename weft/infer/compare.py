@@ -1,7 +1,8 @@
 """``weft compare``: one model in transformers and here, on the same tokens, in fp32."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,11 +10,14 @@ from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor
 
-from weft.checkpoint.model import load_model
+from weft.build.model import assemble_from
+from weft.checkpoint.load import match, open_checkpoint
+from weft.checkpoint.model import model_config
 from weft.config.errors import RunError
 from weft.data.tokenizer import load_tokenizer
 from weft.ops.segments import Segments
 from weft.spec.data import TokenizerConfig
+from weft.spec.hybrid import HybridConfig
 
 MAX_DIFFERENCE = 1e-4  # of the largest logit difference to the standard deviation of the logits
 MAX_KL = 1e-6  # nats, at the worst token
@@ -79,7 +83,7 @@ def compare(hf_dir: Path, ckpt: Path, token_ids: Sequence[Sequence[int]], prompt
             f"not compared: transformers cannot be used ({error}); pip install 'weft[hf]'", markup=False
         )
         return NOT_COMPARED
-    ours = _ours(ckpt, rows)
+    ours = _ours(ckpt, rows, console)
     results = [measure(a, b) for a, b in zip(reference, ours, strict=True)]
     for row, result in zip(rows, results, strict=True):
         head = ",".join(map(str, row[:8])) + (",..." if len(row) > 8 else "")
@@ -113,10 +117,31 @@ def _theirs(hf_dir: Path, rows: list[list[int]]) -> list[Tensor]:
     return [model(torch.tensor([row]), use_cache=False).logits[0] for row in rows]
 
 
+def as_transformers_runs(config: HybridConfig) -> HybridConfig:
+    """The model with the time-step limit of transformers 5.23.
+
+    Its ``NemotronHMamba2Mixer`` takes ``(time_step_min, inf)`` where the model's own code takes the config's
+    ``time_step_limit``, and only when it reads many tokens at once.
+    """
+    return replace(config, time_step_limit=(config.time_step_min, math.inf))
+
+
 @torch.inference_mode()
-def _ours(ckpt: Path, rows: list[list[int]]) -> list[Tensor]:
-    model, config = load_model(ckpt)
+def _ours(ckpt: Path, rows: list[list[int]], console: Console) -> list[Tensor]:
+    checkpoint = open_checkpoint(ckpt)
+    own = model_config(checkpoint)
+    match(checkpoint, own.params(), "model/")
+    config = as_transformers_runs(own)
+    if "M" in own.pattern and config != own:
+        low, high = own.time_step_limit
+        console.print(
+            f"transformers clamps Mamba-2 time steps to at least {own.time_step_min:g} (this model: {low:g} to "
+            f"{high:g}); for the comparison both sides do",
+            markup=False,
+        )
     _check(rows, config.vocab_size)
+    cpu = torch.device("cpu")
+    model = assemble_from(config, "fp32", cpu, lambda name: checkpoint.read(f"model/{name}"))
     return [model.logits(torch.tensor(row), Segments((len(row),))) for row in rows]
 
 

@@ -11,6 +11,7 @@ from weft import __version__
 from weft.config import env
 from weft.config.errors import ConfigError, Problem, WeftError
 from weft.config.resolve import Resolved, file_layer, override_layer, resolve
+from weft.data.preflight import check_sources
 from weft.recipes.registry import RECIPES, build
 from weft.spec.run import RunConfig
 
@@ -98,7 +99,12 @@ def resolve_run(arguments: argparse.Namespace) -> Resolved[RunConfig]:
     base = build(arguments.recipe)
     layers = [file_layer(path) for path in arguments.config]
     layers.append(override_layer(RunConfig, arguments.overrides))
-    return resolve(base, layers, f"recipe {arguments.recipe}")
+    resolved = resolve(base, layers, f"recipe {arguments.recipe}")
+    config = resolved.config
+    wrong = [problem.under("data") for problem in check_sources(config.data, config.model.vocab_size)]
+    if wrong:
+        raise ConfigError(wrong)
+    return resolved
 
 
 def _next(*lines: str) -> None:

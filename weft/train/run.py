@@ -13,7 +13,7 @@ from rich.console import Console
 from weft.build.model import assemble
 from weft.checkpoint.hf import export_hf
 from weft.config.errors import ConfigError, Problem
-from weft.config.load import to_yaml
+from weft.config.load import to_dict, to_yaml
 from weft.data.batch import Batch
 from weft.data.corpus import Corpus, build_corpus
 from weft.data.order import Loader
@@ -89,6 +89,8 @@ class Run:
         loader = Loader(
             self.corpus.splits["train"], data.seq_length, config.model.depths, config.run.seed, position
         )
+        for change in loader.changes if self.chief else ():
+            _say(change)
         self.trainer = Trainer(config, model, loader, comm)
         self.first = self.saving.restore(self.trainer)
         if self.chief:
@@ -135,7 +137,7 @@ class Run:
             return
         config = self.config
         shown = Progress(config.run.name, config.train.train_iters, config.logger.log_interval, self.first)
-        with Metrics(self.dir, config.logger, self.first) as metrics, shown as progress:
+        with Metrics(self.dir, config.logger, self.first, to_dict(config)) as metrics, shown as progress:
 
             def follow(row: dict[str, Any]) -> None:
                 metrics.log(row)

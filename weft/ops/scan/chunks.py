@@ -33,8 +33,8 @@ class Block:
     ends: bool
 
     def cut(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """``[tokens, ...]`` to ``[segments * chunks, size, ...]`` of ``dtype``; padding is zero."""
-        own = t[self.tokens].to(dtype)
+        """``[tokens, ...]`` to ``[segments * chunks, size, ...]`` of ``dtype``, contiguous; padding is zero."""
+        own = t[self.tokens].to(dtype).contiguous()
         if self.place is not None:
             places = (self.segments.stop - self.segments.start) * self.chunks * self.size
             own = own.new_zeros(places, *t.shape[1:]).index_copy_(0, self.place, own)

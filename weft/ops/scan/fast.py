@@ -206,7 +206,8 @@ class _SSD(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> Any:
-        inputs, (y, *carries) = _Inputs(*ctx.saved_tensors[:6]), ctx.saved_tensors[6:]
+        *given, y = (saved := ctx.saved_tensors)[:7]  # read once: recomputation unpacks a tensor only once
+        inputs, carries = _Inputs(*given), saved[7:]
         state = inputs.state(len(grad_final), grad_final)
         grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
         grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D = grads

@@ -1,0 +1,93 @@
+"""Whole runs of tiny recipes: resume equals uninterrupted, every file is there, bad starts are refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tests.train.runs import STEPS, bits_after, small, tensors
+from weft.checkpoint.load import open_checkpoint
+from weft.config.errors import CheckpointError, ConfigError, DataError
+from weft.recipes.registry import build
+from weft.train.metrics import read_rows
+from weft.train.run import train
+
+TIMES = ("seconds", "tokens_per_second", "mfu", "memory_gib")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, precision: str) -> None:
+    recipe = build("nemotron3_super_pretrain_tiny")
+    recipe = replace(recipe, train=replace(recipe.train, precision=precision))
+    whole = bits_after(tmp_path / "whole", recipe, "cpu", stop=None)
+    resumed = bits_after(tmp_path / "cut", recipe, "cpu", stop=3)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    rows = read_rows(tmp_path / "whole" / "metrics.jsonl")
+    again = read_rows(tmp_path / "cut-resumed" / "metrics.jsonl")
+    for row in [*rows, *again]:
+        for key in TIMES:
+            row.pop(key)
+    assert again == rows[3:]
+
+
+def test_auto_resumes_this_run_and_keeps_one_row_a_step(tmp_path: Path) -> None:
+    recipe = build("nemotron3_nano_30b_pretrain_tiny")
+    config = small(tmp_path / "run", recipe, load="auto", most_recent_k=0)
+    train(config, {})
+    longer = replace(config, train=replace(config.train, train_iters=STEPS + 2))
+    train(longer, {})
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == list(range(1, STEPS + 3))
+    assert open_checkpoint(tmp_path / "run").step == STEPS + 2
+
+
+def test_asynchronous_saves_hold_the_same_bits(tmp_path: Path) -> None:
+    recipe = build("nemotron3_nano_30b_pretrain_tiny")
+    train(small(tmp_path / "a", recipe), {})
+    train(small(tmp_path / "b", recipe, async_save=True), {})
+    here, there = tensors(tmp_path / "a"), tensors(tmp_path / "b")
+    assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_microbatches_and_recomputation_do_not_change_the_run(tmp_path: Path, recompute: bool) -> None:
+    recipe = build("nemotron3_super_pretrain_tiny")
+    losses = []
+    for micro, again in ((2, False), (4, recompute)):
+        config = small(tmp_path / f"{micro}{again}", recipe)
+        settings = replace(config.train, micro_batch_size=micro, precision="fp64", recompute=again)
+        train(replace(config, train=settings), {})
+        losses.append([row["loss"] for row in read_rows(tmp_path / f"{micro}{again}" / "metrics.jsonl")])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-10)
+
+
+def test_what_a_run_leaves(tmp_path: Path) -> None:
+    where = train(small(tmp_path / "run", build("nemotron3_super_pretrain_tiny")), {"run.seed": "default"})
+    files = {path.name for path in where.iterdir()}
+    assert {"config.yaml", "origins.json", "environment.json", "metrics.jsonl", "summary.json"} <= files
+    assert {"report.html", "checkpoints", "export"} <= files
+    summary = json.loads((where / "summary.json").read_text())
+    assert summary["params"] == sum(spec.numel for spec in build("nemotron3_super_pretrain_tiny").model.params())
+    rows = read_rows(where / "metrics.jsonl")
+    assert {"loss", "lm_loss", "mtp_loss", "aux_loss", "grad_norm", "lr", "tokens", "expert_load"} <= set(rows[0])
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    train(small(tmp_path / "one", build("nemotron3_nano_30b_pretrain_tiny")), {})
+    other = small(tmp_path / "two", build("nemotron3_super_pretrain_tiny"), load=str(tmp_path / "one"))
+    with pytest.raises(CheckpointError, match="another model"):
+        train(other, {})
+
+
+def test_batch_that_ranks_cannot_share(tmp_path: Path) -> None:
+    config = small(tmp_path / "run", build("nemotron3_nano_30b_pretrain_tiny"))
+    with pytest.raises(ConfigError, match="cannot be shared by 1 ranks"):
+        train(replace(config, train=replace(config.train, micro_batch_size=3)), {})
+
+
+def test_empty_corpus(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    config = small(tmp_path / "run", build("nemotron3_nano_30b_pretrain_tiny"))
+    with pytest.raises((DataError, ConfigError), match="empty"):
+        train(replace(config, data=replace(config.data, source=str(tmp_path / "empty"))), {})
