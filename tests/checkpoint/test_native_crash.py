@@ -249,22 +249,26 @@ def test_gloo_ranks_and_the_death_of_one(tmp_path, number):
 
 
 def test_two_processes_do_not_save_into_one_directory(tmp_path):
-    reader, writer = os.pipe()
-    hold, go = os.pipe()
+    told, tell = os.pipe()
+    wait, go = os.pipe()
 
     def work() -> None:
-        at_call(4, before=lambda *_: (os.write(writer, b"x"), os.read(hold, 1)))
+        os.close(go)  # so that the read ends when the test does, whatever happens
+        at_call(4, before=lambda *_: (os.write(tell, b"x"), os.read(wait, 1)))
         save_step(tmp_path, 2)
 
     save_step(tmp_path, 1)
     pid = child(work)
-    os.read(reader, 1)  # the other process is inside its save
-    held = steps.torn(tmp_path)
-    with pytest.raises(CheckpointError, match="another process is saving into"):
-        save_step(tmp_path, 3)
-    assert steps.torn(tmp_path) == held  # a live save is not swept
-    os.write(go, b"x")
-    assert ended(pid) == 0
+    try:
+        os.read(told, 1)  # the other process is inside its save
+        held = steps.torn(tmp_path)
+        with pytest.raises(CheckpointError, match="another process is saving into"):
+            save_step(tmp_path, 3)
+        assert steps.torn(tmp_path) == held == [tmp_path / "step_0000002.saving"]  # it is not swept
+    finally:
+        os.close(go)
+        end = ended(pid)
+        for fd in (told, tell, wait):
+            os.close(fd)
+    assert end == 0
     assert check_step(steps.latest(tmp_path)) == 2
-    for fd in (reader, writer, hold, go):
-        os.close(fd)

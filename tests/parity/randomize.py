@@ -1,4 +1,4 @@
-"""Random values for every parameter and buffer of a transformers NemotronH model, so that all of them matter."""
+"""Random values for every parameter and buffer of a transformers NemotronH model: all of them matter."""
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +14,21 @@ def randomize(model: nn.Module, seed: int) -> None:
 
 def _draw(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
     normal = torch.randn(tensor.shape, generator=generator)
-    uniform = torch.rand(tensor.shape, generator=generator)
-    match name.rpartition(".")[2]:
+    match name.removesuffix(".weight").rpartition(".")[2]:
         case "A_log":
-            return (1 + 15 * uniform).log()
-        case "dt_bias":
-            return -5 + 5 * uniform  # time steps from 0.007 to 0.7
-        case "D":
-            return normal
+            value = (1 + 15 * torch.rand(tensor.shape, generator=generator)).log()
+        case "dt_bias":  # time steps from 0.007 to 0.7
+            value = -5 + 5 * torch.rand(tensor.shape, generator=generator)
+        case "D" | "embeddings":
+            value = normal
         case "bias":  # of the convolution
-            return 0.3 * normal
-        case "e_score_correction_bias":
-            return 0.2 * normal  # of the order of the spread of scores: choices change
-    if "conv1d" in name:
-        return normal / 2
-    if tensor.dim() == 1:  # norms
-        return 1 + 0.3 * normal
-    if "embeddings" in name:
-        return normal
-    return normal / tensor.shape[-1] ** 0.5
+            value = 0.3 * normal
+        case "e_score_correction_bias":  # of the order of the spread of scores, so that choices change
+            value = 0.2 * normal
+        case "conv1d":
+            value = normal / 2
+        case _ if tensor.dim() == 1:  # norms
+            value = 1 + 0.3 * normal
+        case _:
+            value = normal / tensor.shape[-1] ** 0.5
+    return value

@@ -1,4 +1,4 @@
-"""Multi-token prediction from transformers' own NemotronH blocks: the reference that it does not have itself."""
+"""Multi-token prediction from transformers' own NemotronH blocks: the reference that it does not have."""
 
 from copy import deepcopy
 

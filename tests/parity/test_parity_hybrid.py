@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.parity.conftest import Pair, gather, live_tensors
+from tests.parity.pairs import Pair, gather, live_tensors
 from tests.tiny import CONFIG
 from weft.infer.generate import Sampling, generate
 from weft.ops.segments import Segments
@@ -40,7 +40,7 @@ def draw(seed: int) -> HybridConfig:
         chunk_size=rng.choice([4, 8, 16, 64]),
         time_step_min=rng.choice([1e-6, 1e-3, 0.05]),
         n_routed_experts=4 * expert_groups,
-        num_experts_per_tok=rng.randint(1, 4),
+        num_experts_per_tok=rng.randint(2, 4),
         n_group=expert_groups,
         topk_group=rng.randint(1, expert_groups),
         moe_latent_size=rng.choice([0, 0, 8, 24]),
@@ -91,6 +91,13 @@ def check_gradients(both: Pair) -> None:
         assert wanted[name].isfinite().all(), name
         error = (parameter.grad - wanted[name]).norm() / wanted[name].norm()
         assert error <= 1e-4, (name, error)
+
+
+def test_the_time_step_limit_of_transformers(pair: Make) -> None:
+    """What ``as_transformers_runs`` copies; should transformers change, drop that function."""
+    both = pair(replace(BASE, pattern="M", time_step_min=0.03), 0)
+    assert both.theirs.model.layers[0].mixer.time_step_limit == (0.03, float("inf"))
+    assert both.config.time_step_limit == (0.03, float("inf"))
 
 
 @pytest.mark.parametrize("name", ["all kinds, latent", "all kinds, no latent"])

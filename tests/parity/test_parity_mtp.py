@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.parity.conftest import Pair
+from tests.parity.pairs import Pair
 from tests.parity.test_parity_hybrid import check_gradients
 from tests.tiny import CONFIG
 from weft.nn.context import Context
@@ -24,6 +24,12 @@ CASES = {
 }
 
 
+def shifted(row: torch.Tensor, ahead: int) -> torch.Tensor:
+    """Row ``k - 1`` holds the token ``k`` places on, -1 where there is none."""
+    long = torch.cat([row, torch.full((ahead,), -1)])
+    return torch.stack([long[k : k + len(row)] for k in range(1, ahead + 1)])
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_mtp(name: str, pair: Make) -> None:
     both = pair(CASES[name], 2)
@@ -31,14 +37,7 @@ def test_mtp(name: str, pair: Make) -> None:
     generator = torch.Generator().manual_seed(4)
     rows = [torch.randint(0, 61, (n,), generator=generator) for n in (33, 12)]
     packed, segments = torch.cat(rows), Segments(tuple(map(len, rows)))
-    pad = torch.full((depths + 1,), -1)
-    future = torch.cat(
-        [
-            torch.stack([torch.cat([row, pad])[k : k + len(row)] for k in range(1, depths + 2)])
-            for row in rows
-        ],
-        1,
-    )
+    future = torch.cat([shifted(row, depths + 1) for row in rows], dim=1)
     loss = torch.zeros(())
     scale = 0.3 / depths
     reference: list[list[torch.Tensor]] = []

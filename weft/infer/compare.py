@@ -135,8 +135,8 @@ def _ours(ckpt: Path, rows: list[list[int]], console: Console) -> list[Tensor]:
     if "M" in own.pattern and config != own:
         low, high = own.time_step_limit
         console.print(
-            f"transformers clamps Mamba-2 time steps to at least {own.time_step_min:g} (this model: {low:g} to "
-            f"{high:g}); for the comparison both sides do",
+            f"transformers clamps Mamba-2 time steps to at least {own.time_step_min:g} (this model's limits "
+            f"are {low:g} and {high:g}); for the comparison both sides do",
             markup=False,
         )
     _check(rows, config.vocab_size)

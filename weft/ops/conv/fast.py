@@ -1,12 +1,135 @@
-"""Shift-multiply convolution, channels last. (First form: see git history of this file for the blocked one.)"""
+"""The convolution as shifted multiply-adds, channels last, over blocks of rows that stay in the cache.
+
+Only inputs are kept: the backward pass makes the values before the SiLU again, block by block.
+"""
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from weft.ops.conv.reference import causal_conv
+from weft.ops.segments import Segments
 
-__all__ = ["causal_conv", "conv_step"]
+BLOCK_NUMBERS = 2**18  # of x: a few such arrays fit the second-level cache
+Parts = tuple[Tensor, Tensor | None]  # a block's inputs and those before its segments, as [segments, rows, channels]
+
+
+class _Block(NamedTuple):
+    """Rows ``start`` to ``stop`` of some equally long, neighbouring segments."""
+
+    tokens: slice
+    segments: slice
+    start: int
+    stop: int
+
+    def split(self, x: Tensor) -> Tensor:
+        """``[tokens, channels]`` of the block's segments as ``[segments, rows, channels]``, all rows."""
+        return x[self.tokens].unflatten(0, (self.segments.stop - self.segments.start, -1))
+
+    def reach(self, taps: int, before: bool) -> Iterator[tuple[int, int, slice, slice]]:
+        """(tap, 0 for x or 1 for the inputs before, rows of the block, rows that this tap multiplies for them)."""
+        for shift in range(taps):
+            tap, first = taps - 1 - shift, max(shift - self.start, 0)
+            if first < self.stop - self.start:
+                own = slice(first, self.stop - self.start)
+                yield tap, 0, own, slice(self.start + first - shift, self.stop - shift)
+            if first and before:
+                count = min(first, self.stop - self.start)
+                yield tap, 1, slice(0, count), slice(tap, tap + count)
+
+
+def _blocks(segments: Segments, taps: int, channels: int) -> Iterator[_Block]:
+    """Blocks of about ``BLOCK_NUMBERS`` numbers, in order."""
+    rows = max(BLOCK_NUMBERS // channels, taps)
+    first = token = 0
+    for length, alike in groupby(segments.lengths):
+        count = len(list(alike))
+        step = max(1, rows // max(length, 1))
+        for at in range(0, count if length else 0, step):
+            own = min(step, count - at)
+            tokens = slice(token + at * length, token + (at + own) * length)
+            for start in range(0, length, rows):
+                owned = slice(first + at, first + at + own)
+                yield _Block(tokens, owned, start, min(start + rows, length))
+        first, token = first + count, token + count * length
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _before_silu(block: _Block, parts: Parts, taps: Tensor, bias: Tensor) -> Tensor:
+    """``bias + conv``: ``[segments, rows, channels]``; ``taps`` is ``[taps, channels]``."""
+    out = torch.addcmul(bias, _wide(parts[0][:, block.start : block.stop]), taps[-1])
+    for tap, part, own, reached in block.reach(len(taps), parts[1] is not None):
+        if tap < len(taps) - 1:
+            out[:, own].addcmul_(_wide(parts[part][:, reached]), taps[tap])
+    return out
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None, segments: Segments
+    ) -> Tensor:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        taps, wide_bias = _wide(weight).t().contiguous(), _wide(bias)
+        for block in _blocks(segments, *weight.shape[::-1]):
+            parts = block.split(x), None if before is None else before[block.segments]
+            y = _before_silu(block, parts, taps, wide_bias)
+            block.split(out)[:, block.start : block.stop] = torch.ops.aten.silu_(y)
+        ctx.segments = segments
+        ctx.save_for_backward(x, weight, bias, before)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, before = ctx.saved_tensors
+        taps, wide_bias = _wide(weight).t().contiguous(), _wide(bias)
+        grad_taps, grad_bias = torch.zeros_like(taps), torch.zeros_like(wide_bias)
+        grad_x = torch.empty(x.shape, dtype=taps.dtype, device=x.device)
+        grad_before = None if before is None else torch.zeros_like(before, dtype=taps.dtype)
+        for block in _blocks(ctx.segments, *weight.shape[::-1]):
+            parts = block.split(x), None if before is None else before[block.segments]
+            grads = block.split(grad_x), None if grad_before is None else grad_before[block.segments]
+            y = _before_silu(block, parts, taps, wide_bias)
+            own_grad = _wide(block.split(grad)[:, block.start : block.stop])
+            grad_y = torch.ops.aten.silu_backward(own_grad, y)
+            grad_bias += grad_y.sum((0, 1))
+            torch.mul(grad_y, taps[-1], out=grads[0][:, block.start : block.stop])
+            for tap, part, own, reached in block.reach(len(taps), before is not None):
+                grad_taps[tap] += (grad_y[:, own] * _wide(parts[part][:, reached])).sum((0, 1))
+                if tap < len(taps) - 1:
+                    grads[part][:, reached].addcmul_(grad_y[:, own], taps[tap])
+        grads = grad_x, grad_taps.t(), grad_bias, grad_before
+        return *(None if g is None else g.to(t.dtype) for g, t in zip(grads, (x, weight, bias, before), strict=True)), None
+
+
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, segments: Segments, initial: Tensor | None, return_final: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See ``weft.ops.conv.causal_conv``."""
+    before = None if initial is None else initial.to(x.dtype).transpose(1, 2).contiguous()
+    y = _Conv.apply(x, weight, bias, before, segments)
+    return (y, _final(x, weight.shape[1] - 1, segments, initial)) if return_final else y
+
+
+def _final(x: Tensor, tail: int, segments: Segments, initial: Tensor | None) -> Tensor:
+    """The last ``tail`` inputs of each segment, ``[segments, channels, tail]``."""
+    final = []
+    for s, (start, length) in enumerate(zip(segments.starts, segments.lengths, strict=True)):
+        held = min(tail, length)
+        own = x[start + length - held : start + length].t()
+        if held < tail:
+            older = x.new_zeros(x.shape[1], tail - held) if initial is None else initial[s][:, held:].to(x.dtype)
+            own = torch.cat([older, own], dim=1)
+        final.append(own)
+    return torch.stack(final)
 
 
 def conv_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ In one chunk of ``q`` tokens, with ``cum`` the running sum of ``dt A`` inside it
 
 Work goes group by group over blocks of chunks small enough for the cache. Inside a block states are
 ``[.., state, heads * dim]``: one product serves all heads of the group, so B and C are never repeated.
-Only inputs, outputs and the states between blocks are kept; the rest is made again in the backward pass.
+Inputs, outputs and the states between chunks are kept; the matrices inside chunks are made again.
 """
 
 from collections.abc import Iterator
+from math import log
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,14 @@ from weft.ops.scan.chunks import Block, make_blocks
 from weft.ops.segments import Segments
 
 BLOCK_NUMBERS = 2**18  # of x, for one group and block: a few such arrays fit the second-level cache
+
+
+def _exp_(t: Tensor) -> Tensor:
+    """``exp`` in place of numbers <= 0; others count as 0.
+
+    What would underflow counts as about the least normal number: MKL takes ten times as long to underflow.
+    """
+    return t.clamp_(log(torch.finfo(t.dtype).tiny) + 1, 0).exp_()
 
 
 class _Part(NamedTuple):
@@ -35,19 +44,19 @@ class _Part(NamedTuple):
     D: Tensor  # h
 
     def rise(self) -> Tensor:
-        return self.cum.exp().unsqueeze(-1)
+        return _exp_(self.cum.clone()).unsqueeze(-1)
 
     def fall(self) -> Tensor:
-        return (self.cum[:, -1:] - self.cum).exp_().unsqueeze(-1)
+        return _exp_(self.cum[:, -1:] - self.cum).unsqueeze(-1)
 
     def through(self) -> Tensor:
         """Decay across each chunk, one factor per column of the state: c 1 (h p)."""
-        return self.cum[:, -1].exp().repeat_interleave(self.x.shape[-1], dim=-1).unsqueeze(1)
+        return self.rise()[:, -1:].repeat_interleave(self.x.shape[-1], dim=-1).flatten(2)
 
     def decay(self) -> Tensor:
         """c h q q; 1 above the diagonal, so that nothing overflows."""
         cum = self.cum.transpose(1, 2).contiguous()
-        return (cum.unsqueeze(-1) - cum.unsqueeze(-2)).clamp_(max=0).exp_()
+        return _exp_(cum.unsqueeze(-1) - cum.unsqueeze(-2))
 
     def overlap(self) -> Tensor:
         """``C B^T`` on and below the diagonal: c q q."""
@@ -83,19 +92,15 @@ def _leave(direct: Tensor, through: Tensor, carry: Tensor, block: Block) -> tupl
     return grads, torch.addcmul(add[:, 0], own[:, 0], keep[:, 0])
 
 
-def _states(part: _Part, scaled: Tensor, carry: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-    added = torch.bmm(part.B.transpose(1, 2), (scaled * part.fall()).flatten(2))
-    return _enter(added, part.through(), carry, block)
-
-
-def _forward(part: _Part, carry: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-    """Outputs c q h p, and the state after the block."""
+def _forward(part: _Part, carry: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs c q h p, states that enter each chunk c n (h p), and the state after the block."""
     scaled = part.x * part.dt.unsqueeze(-1)
     weights = part.decay().mul_(part.overlap().unsqueeze(1))
     y = _heads_first(weights @ _heads_first(scaled))
-    states, carry = _states(part, scaled, carry, block)
+    added = torch.bmm(part.B.transpose(1, 2), scaled.mul_(part.fall()).flatten(2))
+    states, after = _enter(added, part.through(), carry, block)
     across = _spread(torch.bmm(part.C, states), part.x)
-    return torch.addcmul(y, across, part.rise()).addcmul_(part.x, part.D.unsqueeze(-1)), carry
+    return torch.addcmul(y, across, part.rise()).addcmul_(part.x, part.D.unsqueeze(-1)), states, after
 
 
 class _Grads(NamedTuple):
@@ -110,15 +115,15 @@ class _Grads(NamedTuple):
     carry: Tensor
 
 
-def _backward(part: _Part, y: Tensor, grad: Tensor, carry: Tensor, grad_carry: Tensor, block: Block) -> _Grads:
-    """Gradients from those of the outputs (c q h p) and of the state after the block."""
+def _backward(part: _Part, kept: tuple[Tensor, ...], grad: Tensor, grad_after: Tensor, block: Block) -> _Grads:
+    """Gradients from those of the outputs (c q h p) and of the state after the block; ``kept``: see ``_forward``."""
+    y, states, after = kept
     x, dt = part.x, part.dt.unsqueeze(-1)
     scaled = x * dt
-    states, after = _states(part, scaled, carry, block)
     # Through the states.
     into = (grad * part.rise()).flatten(2)
     direct = torch.bmm(part.C.transpose(1, 2), into)
-    leaving, grad_before = _leave(direct, part.through(), grad_carry, block)
+    leaving, grad_before = _leave(direct, part.through(), grad_after, block)
     grad_C = torch.bmm(into, states.transpose(1, 2))
     grad_B = torch.bmm((scaled * part.fall()).flatten(2), leaving.transpose(1, 2))
     grad_scaled = _spread(torch.bmm(part.B, leaving), x).mul_(part.fall())
@@ -193,29 +198,31 @@ class _SSD(torch.autograd.Function):
         inputs = _Inputs(*given)
         state = inputs.state(segments, initial)
         y = torch.empty(inputs.x.shape, dtype=inputs.wide, device=state.device)
-        carries: list[Tensor] = []
+        kept: list[Tensor] = []
         for block in blocks:
-            carries.append(state[:, block.segments].clone())
             for g, heads, part in inputs.parts(block):
-                own, state[g, block.segments] = _forward(part, state[g, block.segments], block)
+                own, states, after = _forward(part, state[g, block.segments], block)
                 block.join(own, y[:, heads])
+                state[g, block.segments] = after
+                kept += states, after
         ctx.blocks, ctx.initial = blocks, None if initial is None else initial.dtype
-        ctx.save_for_backward(*given, y, *carries)
+        ctx.save_for_backward(*given, y, *kept)
         return y.to(inputs.x.dtype), inputs.outer(state)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> Any:
         *given, y = (saved := ctx.saved_tensors)[:7]  # read once: recomputation unpacks a tensor only once
-        inputs, carries = _Inputs(*given), saved[7:]
+        inputs, groups = _Inputs(*given), given[3].shape[1]
         state = inputs.state(len(grad_final), grad_final)
         grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
         grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D = grads
         sums = [torch.zeros_like(t, dtype=inputs.wide) for t in (grad_A, grad_D)]
-        for block, carry in zip(reversed(ctx.blocks), reversed(carries), strict=True):
+        for i, block in reversed(list(enumerate(ctx.blocks))):
             for g, heads, part in inputs.parts(block):
+                states, after = saved[7 + 2 * (i * groups + g) :][:2]
                 own_y, own_grad = (block.cut(t[:, heads], inputs.wide) for t in (y, grad_y))
-                got = _backward(part, own_y, own_grad, carry[g], state[g, block.segments], block)
+                got = _backward(part, (own_y, states, after), own_grad, state[g, block.segments], block)
                 state[g, block.segments] = got.carry
                 A = inputs.A[heads].to(inputs.wide)
                 block.join(got.x, grad_x[:, heads])
