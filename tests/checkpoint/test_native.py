@@ -199,24 +199,27 @@ def test_background_equals_foreground_even_if_tensors_change_after_the_call(tmp_
     gate, write = threading.Event(), shard.write
     monkeypatch.setattr(shard, "write", lambda *args: gate.wait(30) and write(*args))
     state = values(3)
-    with AsyncSaver() as saver:
-        saver.save(tmp_path / "background", 3, pieces(state), {"step": 3}, ONE)
-        assert steps.latest(tmp_path / "background") is None
-        assert len(steps.torn(tmp_path / "background")) == 1
-        for tensor in state.values():
-            tensor.zero_()
-        gate.set()
-        assert saver.wait() == tmp_path / "background" / "step_0000003"
-    save(tmp_path / "foreground", 3, pieces(values(3)), {"step": 3}, ONE)
+    saver = AsyncSaver()
+    meta = {"step": 3, "data": {"samples": [1]}}
+    saver.save(tmp_path / "background", 3, pieces(state), meta, ONE)
+    assert steps.latest(tmp_path / "background") is None
+    assert len(steps.torn(tmp_path / "background")) == 1
+    for tensor in state.values():
+        tensor.zero_()
+    meta["data"]["samples"].append(2)
+    gate.set()
+    assert saver.wait() == tmp_path / "background" / "step_0000003"
+    save(tmp_path / "foreground", 3, pieces(values(3)), {"step": 3, "data": {"samples": [1]}}, ONE)
     assert contents(steps.latest(tmp_path / "background")) == contents(steps.latest(tmp_path / "foreground"))
 
 
 def test_background_on_two_ranks(tmp_path):
     def work(comm) -> list[int]:
-        with AsyncSaver() as saver:
-            for step in (1, 2, 3):
-                state = [piece for i, piece in enumerate(pieces(values(step))) if i % 2 == comm.rank]
-                saver.save(tmp_path, step, state, {"step": step}, comm, keep=2)
+        saver = AsyncSaver()
+        for step in (1, 2, 3):
+            state = [piece for i, piece in enumerate(pieces(values(step))) if i % 2 == comm.rank]
+            saver.save(tmp_path, step, state, {"step": step}, comm, keep=2)
+        saver.wait()
         return [check_step(path) for path in steps.committed(tmp_path)]
 
     assert run_threads(2, work) == [[2, 3]] * 2

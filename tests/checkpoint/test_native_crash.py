@@ -171,10 +171,10 @@ def test_preflight_and_full_disk_on_a_real_file_system(tmp_path, monkeypatch):
         monkeypatch.setattr("weft.checkpoint.disk.check_space", lambda *_: None)
         with pytest.raises(RunError, match=r"no space \(No space left on device\): need 1\.6 MB, have "):
             save(tmp_path, 2, big, {}, ONE)
-        with AsyncSaver() as saver:
-            saver.save(tmp_path, 2, big, {}, ONE)
-            with pytest.raises(RunError, match="no space"):
-                saver.wait()
+        saver = AsyncSaver()
+        saver.save(tmp_path, 2, big, {}, ONE)
+        with pytest.raises(RunError, match="no space"):
+            saver.wait()
         assert check_step(steps.latest(tmp_path)) == 1
         assert steps.torn(tmp_path) == []
         assert shutil.disk_usage(tmp_path).free == free

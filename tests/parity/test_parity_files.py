@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from weft.checkpoint.load import open_checkpoint
 from weft.checkpoint.model import load_model
 from weft.checkpoint.save import save
 from weft.checkpoint.shard import Piece
-from weft.config.errors import RunError
+from weft.config.errors import CheckpointError, RunError
 from weft.config.load import to_dict
 from weft.config.text import dump
 from weft.infer.compare import compare, measure
@@ -109,6 +110,15 @@ def test_compare_differs(both: Pair, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "they differ" in capsys.readouterr().out
 
 
+def test_compare_of_other_vocabularies(
+    both: Pair, pair: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of_ours(both, tmp_path / "run")
+    other = run_of_ours(pair(replace(PLAIN, vocab_size=70), 0), tmp_path / "other")
+    assert compare(export_hf(other, tmp_path / "hf"), run, [[1]], []) == 1
+    assert "70 and 61" in capsys.readouterr().out
+
+
 def test_nan_never_agrees(logits: torch.Tensor) -> None:
     broken = logits.clone()
     broken[0, 0] = torch.nan
@@ -144,6 +154,14 @@ def test_compare_refuses_what_transformers_cannot_load(both: Pair, tmp_path: Pat
     (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "no_such_model"}))
     with pytest.raises(RunError, match="transformers cannot load it"):
         compare(tmp_path / "hf", run, [[1]], [])
+
+
+def test_compare_refuses_what_is_not_there(both: Pair, tmp_path: Path) -> None:
+    run = run_of_ours(both, tmp_path / "run")
+    with pytest.raises(RunError, match="no such directory"):
+        compare(tmp_path / "absent", run, [[1]], [])
+    with pytest.raises(CheckpointError, match="no such directory"):
+        compare(run, tmp_path / "absent", [[1]], [])
 
 
 def test_not_compared_without_transformers(

@@ -56,12 +56,12 @@ MUTANTS = [
     ("optimizer.lr=.inf", "optimizer.lr", "inf is not a finite number"),
     ("model.n_groups=0", "model.n_groups", "0 is out of range; it must be at least 1"),
     # clashes
-    ("train.micro_batch_size=3", "train.micro_batch_size", "3 does not divide train.global_batch_size = 8"),
+    ("train.micro_batch_size=3", "train.micro_batch_size", "3 does not divide train.global_batch_size = 4"),
     ("optimizer.min_lr=1", "optimizer.min_lr", "is above optimizer.lr"),
     (
-        "model.num_key_value_heads=4",
+        "model.num_key_value_heads=3",
         "model.num_key_value_heads",
-        "4 key/value heads do not divide 6 query heads",
+        "3 key/value heads do not divide 4 query heads",
     ),
     (
         "model.num_experts_per_tok=99",

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tests.train.runs import STEPS, bits_after, small, tensors
+from weft.checkpoint.hf import import_hf
 from weft.checkpoint.load import open_checkpoint
 from weft.config.errors import CheckpointError, ConfigError, DataError
 from weft.recipes.registry import build
@@ -68,9 +70,13 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     assert {"config.yaml", "origins.json", "environment.json", "metrics.jsonl", "summary.json"} <= files
     assert {"report.html", "checkpoints", "export"} <= files
     summary = json.loads((where / "summary.json").read_text())
-    assert summary["params"] == sum(spec.numel for spec in build("nemotron3_super_pretrain_tiny").model.params())
+    assert summary["params"] == sum(
+        spec.numel for spec in build("nemotron3_super_pretrain_tiny").model.params()
+    )
     rows = read_rows(where / "metrics.jsonl")
-    assert {"loss", "lm_loss", "mtp_loss", "aux_loss", "grad_norm", "lr", "tokens", "expert_load"} <= set(rows[0])
+    assert {"loss", "lm_loss", "mtp_loss", "aux_loss", "grad_norm", "lr", "tokens", "expert_load"} <= set(
+        rows[0]
+    )
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -91,3 +97,16 @@ def test_empty_corpus(tmp_path: Path) -> None:
     config = small(tmp_path / "run", build("nemotron3_nano_30b_pretrain_tiny"))
     with pytest.raises((DataError, ConfigError), match="empty"):
         train(replace(config, data=replace(config.data, source=str(tmp_path / "empty"))), {})
+
+
+def test_an_imported_model_is_trained_on(tmp_path: Path) -> None:
+    recipe = build("nemotron3_nano_30b_pretrain_tiny")
+    first = train(small(tmp_path / "first", recipe), {})
+    imported = tmp_path / "imported"
+    import_hf(first / "export", imported)
+    started = replace(small(tmp_path / "second", recipe, load=str(imported)))
+    train(started, {})
+    row = read_rows(tmp_path / "second" / "metrics.jsonl")[0]
+    fresh = read_rows(first / "metrics.jsonl")[0]
+    assert row["step"] == 1
+    assert row["loss"] < fresh["loss"]  # the same batch, after training

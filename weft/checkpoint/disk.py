@@ -5,7 +5,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from weft.config.errors import RunError
@@ -15,25 +15,29 @@ CHUNK = 8 << 20  # bytes hashed, written or read at a time: stays in cache betwe
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def write(path: Path, parts: Iterable[memoryview]) -> None:
-    """A new file with these bytes, on the medium when this returns (its directory entry is not)."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+@contextlib.contextmanager
+def opened(path: Path, flags: int) -> Iterator[int]:
+    """A file descriptor."""
+    fd = os.open(path, flags, 0o666)
     try:
-        for part in parts:
-            while part:
-                part = part[os.write(fd, part[:CHUNK]) :]
-        os.fsync(fd)
+        yield fd
     finally:
         os.close(fd)
+
+
+def write(path: Path, parts: Iterable[memoryview]) -> None:
+    """A new file with these bytes, on the medium when this returns (its directory entry is not)."""
+    with opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as fd:
+        for part in parts:
+            while part:
+                part = part[os.write(fd, part) :]
+        os.fsync(fd)
 
 
 def sync_directory(path: Path) -> None:
     """Make creations, renames and removals in a directory durable."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
+    with opened(path, os.O_RDONLY) as fd:
         os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def make_directories(path: Path) -> None:
@@ -108,8 +112,7 @@ def size(count: float) -> str:
     """Bytes for people."""
     if count < 1000:
         return f"{count} bytes"
-    for unit in ("kB", "MB", "GB"):
-        count /= 1000
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-    return f"{count / 1000:.3g} TB"
+    units = ["TB", "GB", "MB", "kB"]
+    while (count := count / 1000) >= 999.5 and len(units) > 1:
+        units.pop()
+    return f"{count:.3g} {units[-1]}"

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
@@ -63,8 +62,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path, held: Manifest) -> None:
-        self.path, self.step = path, held.step
-        self.meta: dict[str, Any] = held.meta
+        self.path, self.step, self.meta = path, held.step, held.meta
         self._files, self._tensors = held.files, held.tensors
         self._checked: set[str] = set()  # files whose header was verified
 
@@ -141,12 +139,9 @@ class Checkpoint:
         """Read one piece into a contiguous tensor and verify what is in memory then."""
         place = self.path / piece.file
         try:
-            fd = os.open(place, os.O_RDONLY)
-            try:
+            with disk.opened(place, os.O_RDONLY) as fd:
                 self._check_header(fd, piece.file)
                 digest = _read(fd, piece.begin, buffer(target))
-            finally:
-                os.close(fd)
         except OSError as error:
             raise CheckpointError(f"{place}: tensor {name!r} cannot be read: {error.strerror}") from error
         if digest != piece.xxh3_128:

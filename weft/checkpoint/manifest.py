@@ -106,7 +106,7 @@ class Manifest:
             for name, t in self.tensors.items()
         }
         head = f'{{\n"format": {json.dumps(FORMAT)},\n"version": {VERSION},\n"step": {self.step},\n'
-        body = f'"files": {_lines(files)},\n"tensors": {_lines(tensors)},\n"meta": {_dumps(self.meta)},\n'
+        body = f'"files": {_lines(files)},\n"tensors": {_lines(tensors)},\n"meta": {json.dumps(self.meta)},\n'
         text = f'{head}{body}"xxh3_128": "'.encode()
         return text + xxhash.xxh3_128_hexdigest(text).encode() + _TAIL
 
@@ -142,8 +142,10 @@ class Manifest:
             name: TensorRecord(t["dtype"], tuple(t["shape"]), tuple(map(PieceRecord.decode, t["pieces"])))
             for name, t in raw["tensors"].items()
         }
-        for name, record in files.items():
-            _check_file(name, record)
+        for name, file in files.items():
+            sizes = _natural(file.size, file.header_size) and _DIGEST.fullmatch(file.header_xxh3_128)
+            if not (sizes and _FILE.fullmatch(name)):
+                raise ValueError(f"{name!r} is not the name of a file in this directory, or damaged sizes")
         for name, record in tensors.items():
             _check_tensor(name, record, files)
         if not _natural(raw["step"]) or not isinstance(raw["meta"], dict):
@@ -151,23 +153,13 @@ class Manifest:
         return cls(raw["step"], files, tensors, raw["meta"])
 
 
-def _dumps(value: object) -> str:
-    return json.dumps(value, allow_nan=False)
-
-
 def _lines(table: dict[str, Any]) -> str:
-    return "{\n" + ",\n".join(f" {_dumps(name)}: {_dumps(row)}" for name, row in table.items()) + "\n}"
+    rows = (f" {json.dumps(name)}: {json.dumps(row)}" for name, row in table.items())
+    return "{\n" + ",\n".join(rows) + "\n}"
 
 
 def _natural(*values: object) -> bool:
     return all(type(value) is int and value >= 0 for value in values)
-
-
-def _check_file(name: str, record: FileRecord) -> None:
-    if not _FILE.fullmatch(name):
-        raise ValueError(f"{name!r} is not the name of a file in this directory")
-    if not (_natural(record.size, record.header_size) and _DIGEST.fullmatch(record.header_xxh3_128)):
-        raise ValueError(f"sizes or checksum of {name!r}")
 
 
 def _check_tensor(name: str, record: TensorRecord, files: dict[str, FileRecord]) -> None:

@@ -10,11 +10,10 @@ manifest (the same bytes in the same shards with the same meta), and then change
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
-
-import torch
 
 from weft.checkpoint import disk, manifest, shard, steps
 from weft.checkpoint.box import Box, tiles
@@ -54,7 +53,7 @@ class AsyncSaver:
 
     ``comm`` must be for the saver alone (its own process group): the background thread uses it to commit,
     at any time. A background save that failed is logged at once and raised by the next ``save`` or
-    ``wait``; end with ``wait``, or use the saver as a context manager.
+    ``wait``: end with ``wait``.
     """
 
     def __init__(self) -> None:
@@ -91,12 +90,6 @@ class AsyncSaver:
             raise error
         return self._path
 
-    def __enter__(self) -> "AsyncSaver":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.wait()
-
     def _run(self, saving: "_Saving") -> None:
         try:
             self._path = saving.finish()
@@ -115,7 +108,7 @@ class _Claim:
     box: Box
 
 
-_Shard = tuple[str, FileRecord, list[tuple[str, PieceRecord]]]
+_Shard = tuple[str, FileRecord, list[tuple[str, PieceRecord]]]  # file and tensor names, and their records
 
 
 class _Saving:
@@ -125,16 +118,14 @@ class _Saving:
         self, root: Path, step: int, pieces: Sequence[Piece], meta: dict[str, Any], comm: Comm, keep: int
     ) -> None:
         self.root, self.step, self.meta, self.comm, self.keep = root, step, meta, comm, keep
-        self.target = steps.directory(root, step)
+        self.target = root / f"step_{step:07d}"
         self.draft = self.target.with_name(f"{self.target.name}.saving")
         self.need = 0
         self._lock: int | None = None
         claims = self._together(lambda: [_claim(piece) for piece in pieces])
         self.tensors, owners = _assign(claims)
-        self.need = sum(
-            claim.box.numel * DTYPES[claim.dtype].itemsize + 1024  # the data, headers and manifest
-            for claim in owners
-        )
+        # 1024: what header and manifest say of a piece
+        self.need = sum(claim.box.numel * DTYPES[claim.dtype].itemsize + 1024 for claim in owners)
         mine = {(claim.name, claim.box) for claim, rank in owners.items() if rank == comm.rank}
         self.files = shard.pack([piece for piece in pieces if (piece.name, piece.box) in mine])
         self._together(self._begin)
@@ -143,7 +134,11 @@ class _Saving:
         """Copy what this rank writes to host memory of our own."""
 
         def copy() -> None:
-            self.files = [[_staged(piece) for piece in pieces] for pieces in self.files]
+            self.meta = deepcopy(self.meta)
+            self.files = [
+                [replace(piece, tensor=piece.tensor.detach().to("cpu", copy=True)) for piece in pieces]
+                for pieces in self.files
+            ]
 
         self._together(copy)
 
@@ -171,15 +166,11 @@ class _Saving:
 
     def _write(self) -> list[_Shard]:
         if not self.draft.is_dir():
-            raise RunError(
-                f"rank {self.comm.rank} does not see {self.draft}, which rank 0 made; "
-                "checkpoints need a file system that all ranks share"
-            )
+            raise RunError(f"{self.draft}, made by rank 0, is not there; ranks must share the file system")
         shards: list[_Shard] = []
         for index, pieces in enumerate(self.files):
             name = f"rank_{self.comm.rank:05d}_{index:03d}.safetensors"
-            file, records = shard.write(self.draft / name, pieces, self.step)
-            shards.append((name, file, [(piece.name, r) for piece, r in zip(pieces, records, strict=True)]))
+            shards.append((name, *shard.write(self.draft / name, pieces, self.step)))
         return shards
 
     def _commit(self, shards: list[_Shard]) -> None:
@@ -237,13 +228,11 @@ class _Saving:
         return [value for value, _ in outcomes]
 
     def _explain(self, error: Exception) -> tuple[type[WeftError], str]:
-        if isinstance(error, CheckpointError):
-            return CheckpointError, str(error)
+        kind = CheckpointError if isinstance(error, CheckpointError) else RunError
         if isinstance(error, OSError):
             error = disk.trouble(error, self.root, self.need)
-        if isinstance(error, WeftError):
-            return RunError, str(error)
-        return RunError, f"saving {self.target} failed: {error!r}"
+        known = isinstance(error, WeftError)
+        return kind, str(error) if known else f"saving {self.target} failed: {error!r}"
 
     def _abandon(self) -> None:
         if self._lock is not None and self.draft.exists():
@@ -257,11 +246,6 @@ class _Saving:
         if self._lock is not None:
             disk.unlock(self._lock)
             self._lock = None
-
-
-def _staged(piece: Piece) -> Piece:
-    host = torch.empty(piece.tensor.shape, dtype=piece.tensor.dtype)
-    return replace(piece, tensor=host.copy_(piece.tensor.detach()))
 
 
 def _claim(piece: Piece) -> _Claim:

@@ -80,10 +80,10 @@ def buffer(tensor: Tensor) -> memoryview:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
-def write(path: Path, pieces: Sequence[Piece], step: int) -> tuple[FileRecord, list[PieceRecord]]:
-    """One shard, durable; its record and those of its pieces, in order."""
+def write(path: Path, pieces: Sequence[Piece], step: int) -> tuple[FileRecord, list[tuple[str, PieceRecord]]]:
+    """One shard, durable; its record, and names and records of its pieces."""
     header, offsets = _header(pieces, step)
-    records: list[PieceRecord] = []
+    records: list[tuple[str, PieceRecord]] = []
 
     def parts() -> Iterator[memoryview]:
         yield memoryview(header)
@@ -93,8 +93,8 @@ def write(path: Path, pieces: Sequence[Piece], step: int) -> tuple[FileRecord, l
             for first in range(0, len(data), disk.CHUNK):  # hash and write while the chunk is in cache
                 digest.update(data[first : first + disk.CHUNK])
                 yield data[first : first + disk.CHUNK]
-            end = begin + len(data)
-            records.append(PieceRecord(path.name, piece.box, begin, end, digest.hexdigest()))
+            record = PieceRecord(path.name, piece.box, begin, begin + len(data), digest.hexdigest())
+            records.append((piece.name, record))
 
     disk.write(path, parts())
     size = len(header) + sum(piece.tensor.nbytes for piece in pieces)
@@ -108,11 +108,8 @@ def _header(pieces: Sequence[Piece], step: int) -> tuple[bytes, list[int]]:
     for piece in pieces:
         end = begins[-1] + piece.tensor.nbytes
         name = piece.name if piece.box.shape == piece.shape else f"{piece.name}[{str(piece.start)[1:-1]}]"
-        table[name] = {
-            "dtype": DTYPE_NAMES[piece.tensor.dtype],
-            "shape": piece.box.shape,
-            "data_offsets": [begins[-1], end],
-        }
+        entry = {"dtype": DTYPE_NAMES[piece.tensor.dtype], "shape": piece.box.shape}
+        table[name] = entry | {"data_offsets": [begins[-1], end]}
         begins.append(end)
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -18,11 +18,6 @@ _STEP = re.compile(r"step_(\d{7,})", re.ASCII)
 _TORN = re.compile(r"step_\d{7,}\.(saving|removing)", re.ASCII)
 
 
-def directory(root: Path, step: int) -> Path:
-    """Where a step's checkpoint lies."""
-    return root / f"step_{step:07d}"
-
-
 def number(path: Path) -> int | None:
     """The step that a directory's name says; None if it is not a step directory's name."""
     found = _STEP.fullmatch(path.name)

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor
 
 from weft.build.model import assemble_from
-from weft.checkpoint.load import match, open_checkpoint
+from weft.checkpoint.load import Checkpoint, match, open_checkpoint
 from weft.checkpoint.model import model_config
 from weft.config.errors import RunError
 from weft.data.tokenizer import load_tokenizer
@@ -70,12 +70,17 @@ def compare(hf_dir: Path, ckpt: Path, token_ids: Sequence[Sequence[int]], prompt
     Raises:
         RunError: a prompt without tokens or with ids beyond the vocabulary, or a directory that transformers
             cannot load.
+        CheckpointError: a checkpoint that cannot be read.
     """
     console = Console(highlight=False, soft_wrap=True)
     rows = [list(row) for row in token_ids]
     if prompt:
         tokenizer = load_tokenizer(TokenizerConfig(path=str(hf_dir)))
         rows += [tokenizer.encode(text, special=True) for text in prompt]
+    if not hf_dir.is_dir():
+        raise RunError(f"{hf_dir}: no such directory; name one that transformers can load")
+    checkpoint = open_checkpoint(ckpt)
+    _check(rows, model_config(checkpoint).vocab_size)
     try:
         reference = _theirs(hf_dir, rows)
     except ImportError as error:
@@ -83,7 +88,11 @@ def compare(hf_dir: Path, ckpt: Path, token_ids: Sequence[Sequence[int]], prompt
             f"not compared: transformers cannot be used ({error}); pip install 'weft[hf]'", markup=False
         )
         return NOT_COMPARED
-    ours = _ours(ckpt, rows, console)
+    ours = _ours(checkpoint, rows, console)
+    if reference[0].shape != ours[0].shape:
+        sizes = " and ".join(str(logits[0].shape[1]) for logits in (reference, ours))
+        console.print(f"they differ: vocabularies of {sizes} tokens")
+        return DIFFER
     results = [measure(a, b) for a, b in zip(reference, ours, strict=True)]
     for row, result in zip(rows, results, strict=True):
         head = ",".join(map(str, row[:8])) + (",..." if len(row) > 8 else "")
@@ -127,8 +136,7 @@ def as_transformers_runs(config: HybridConfig) -> HybridConfig:
 
 
 @torch.inference_mode()
-def _ours(ckpt: Path, rows: list[list[int]], console: Console) -> list[Tensor]:
-    checkpoint = open_checkpoint(ckpt)
+def _ours(checkpoint: Checkpoint, rows: list[list[int]], console: Console) -> list[Tensor]:
     own = model_config(checkpoint)
     match(checkpoint, own.params(), "model/")
     config = as_transformers_runs(own)
@@ -139,7 +147,6 @@ def _ours(ckpt: Path, rows: list[list[int]], console: Console) -> list[Tensor]:
             f"are {low:g} and {high:g}); for the comparison both sides do",
             markup=False,
         )
-    _check(rows, config.vocab_size)
     cpu = torch.device("cpu")
     model = assemble_from(config, "fp32", cpu, lambda name: checkpoint.read(f"model/{name}"))
     return [model.logits(torch.tensor(row), Segments((len(row),))) for row in rows]

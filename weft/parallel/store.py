@@ -91,6 +91,12 @@ class Store:
         for flat in self.flats:
             flat.grad.mul_(factor)
 
+    def adopt(self) -> None:
+        """Copy what layers read to master values, where the two differ."""
+        for flat in self.flats:
+            if flat.master is not flat.compute:
+                flat.master.copy_(flat.compute)
+
     def publish(self) -> None:
         """Copy master values to what layers read, where the two differ."""
         for flat in self.flats:

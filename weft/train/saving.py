@@ -33,10 +33,10 @@ class Saving:
 
     def position(self) -> dict[str, Any] | None:
         """Where the data stood, or None for a new run."""
-        return self.source.meta["data"] if self.source else None
+        return self.source.meta.get("data") if self.source else None
 
     def restore(self, trainer: Trainer) -> int:
-        """Fill the trainer from the checkpoint; returns the steps done (0 for a new run).
+        """Fill the trainer from the checkpoint; returns the steps done (0 for a new run or an import).
 
         Raises:
             CheckpointError: a damaged checkpoint, or one of another model (all differences listed).
@@ -45,6 +45,11 @@ class Saving:
         if source is None:
             return 0
         match(source, self.config.model.params(), "model/")
+        if "optimizer_steps" not in source.meta:  # an import: weights only, a new run begins from them
+            for name, tensor in tensors(trainer.model, self.config.model).items():
+                tensor.copy_(source.read(f"model/{name}"))
+            trainer.store.adopt()
+            return 0
         named = self._tensors(trainer)
         for name, tensor in named.items():
             tensor.copy_(source.read(name))

@@ -15,21 +15,33 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def _softmax_(logits: Tensor, target: Tensor) -> Tensor:
+    """Softmax in place; returns ``-log`` of it at ``target`` (``[rows, 1]``), exact also where it underflows.
+
+    ``logsumexp = z - log softmax(z)`` for any logit z; the largest is the one that loses nothing. So the
+    exponentials are taken once.
+    """
+    at, top = logits.gather(1, target), logits.amax(-1, keepdim=True)
+    torch.softmax(logits, dim=-1, out=logits)
+    return top.sub_(logits.amax(-1, keepdim=True).log_()).sub_(at)
+
+
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, scale: float) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         wide = _wide(weight)
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_hidden = hidden.new_empty(hidden.shape) if need_hidden else None
         grad_weight = torch.zeros_like(wide) if need_weight else None
         loss = wide.new_zeros(())
+        logits = wide.new_empty(min(chunk, len(targets)), len(weight))
         for at in range(0, len(targets), chunk):
             h, target = _wide(hidden[at : at + chunk]), targets[at : at + chunk].unsqueeze(1)
             factor = (target >= 0).to(h.dtype).mul_(scale)
             target = target.clamp_min(0)
-            logp = torch.log_softmax(h @ wide.t(), dim=-1)
-            loss -= (logp.gather(1, target) * factor).sum()
-            grad = logp.exp_().scatter_add_(1, target, logp.new_full((1, 1), -1.0).expand_as(target))
+            grad = torch.mm(h, wide.t(), out=logits[: len(h)])
+            loss += (_softmax_(grad, target) * factor).sum()
+            grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
             if grad_hidden is not None:
                 grad_hidden[at : at + chunk] = (grad @ wide).mul_(factor)
             if grad_weight is not None:
@@ -56,8 +68,9 @@ def linear_nll(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> T
     """See ``weft.ops.cross_entropy.linear_nll``."""
     wide = _wide(weight)
     nll = wide.new_empty(len(targets))
+    logits = wide.new_empty(min(chunk, len(targets)), len(weight))
     for at in range(0, len(targets), chunk):
-        logits = _wide(hidden[at : at + chunk]) @ wide.t()
-        target = targets[at : at + chunk].clamp_min(0).unsqueeze(1)
-        nll[at : at + chunk] = logits.logsumexp(-1) - logits.gather(1, target).squeeze(1)
+        h, target = _wide(hidden[at : at + chunk]), targets[at : at + chunk].clamp_min(0).unsqueeze(1)
+        own = torch.mm(h, wide.t(), out=logits[: len(h)])
+        nll[at : at + chunk] = _softmax_(own, target).squeeze(1)
     return nll.masked_fill_(targets < 0, 0.0)

@@ -1,4 +1,9 @@
-"""Products of each expert written in place of one buffer; experts without rows cost nothing."""
+"""One expert at a time, all of its work while its rows are in the cache; experts without rows cost nothing.
+
+Measured (two threads, fp32, 32 experts of 128 x 256, ms for one of the two products): a loop of ``mm`` and
+``grouped_mm`` tie at 16384 rows (8.3); with few rows the loop wins at 4 (0.036 against 0.048) and
+``grouped_mm`` at 32 (0.19 against 0.26). Gathered weights and ``bmm`` take three times as long or more.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+GROUPED_ROWS = range(16, 257)  # rows for which one grouped call beats a loop, without gradient
 
 
 def _slices(counts: list[int]) -> Iterator[tuple[int, slice]]:
@@ -21,13 +29,11 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
         inner = x.new_empty(x.shape[0], up.shape[1])
+        y, factor = x.new_empty(x.shape), weights.unsqueeze(1)
         for e, rows in _slices(counts):
-            torch.mm(x[rows], up[e].t(), out=inner[rows])
-        inner.relu_()
-        weighted = inner.square().mul_(weights.unsqueeze(1))
-        y = torch.empty_like(x)
-        for e, rows in _slices(counts):
-            torch.mm(weighted[rows], down[e].t(), out=y[rows])
+            own = inner[rows]
+            torch.mm(x[rows], up[e].t(), out=own).relu_()
+            torch.mm((own * own).mul_(factor[rows]), down[e].t(), out=y[rows])
         ctx.counts = counts
         ctx.save_for_backward(x, up, down, weights, inner)
         return y
@@ -36,22 +42,48 @@ class _Experts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         x, up, down, weights, inner = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_up, grad_down = torch.zeros_like(up), torch.zeros_like(down)
-        squared = inner.square()
-        weighted = squared * weights.unsqueeze(1)
-        grad_inner, grad_x = torch.empty_like(inner), torch.empty_like(x)
+        grad_x, grad_weights = x.new_empty(x.shape), weights.new_empty(weights.shape)
+        grad_up, grad_down = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (up, down))
+        factor = weights.unsqueeze(1)
+        for e in (e for e, count in enumerate(ctx.counts) if not count):
+            grad_up[e], grad_down[e] = 0.0, 0.0
         for e, rows in _slices(ctx.counts):
-            torch.mm(grad[rows], down[e], out=grad_inner[rows])
-            torch.mm(grad[rows].t(), weighted[rows], out=grad_down[e])
-        grad_weights = (grad_inner * squared).sum(-1)
-        grad_inner.mul_(inner).mul_(2 * weights.unsqueeze(1))
-        for e, rows in _slices(ctx.counts):
-            torch.mm(grad_inner[rows], up[e], out=grad_x[rows])
-            torch.mm(grad_inner[rows].t(), x[rows], out=grad_up[e])
-        return grad_x, grad_up, grad_down, grad_weights.to(weights.dtype), None
+            own, own_grad = inner[rows], grad[rows]
+            squared = own * own
+            grad_inner = own_grad @ down[e]
+            torch.sum(grad_inner * squared, -1, out=grad_weights[rows])
+            torch.mm(own_grad.t(), squared.mul_(factor[rows]), out=grad_down[e])
+            grad_inner.mul_(own).mul_(factor[rows] * 2)
+            torch.mm(grad_inner, up[e], out=grad_x[rows])
+            torch.mm(grad_inner.t(), x[rows], out=grad_up[e])
+        return grad_x, grad_up, grad_down, grad_weights, None
+
+
+def _infer(x: Tensor, up: Tensor, down: Tensor, counts: list[int], weights: Tensor) -> Tensor:
+    """The same without a gradient to prepare."""
+    y, factor = x.new_empty(x.shape), weights.unsqueeze(1)
+    for e, rows in _slices(counts):
+        inner = torch.mm(x[rows], up[e].t()).relu_().square_().mul_(factor[rows])
+        torch.mm(inner, down[e].t(), out=y[rows])
+    return y
+
+
+def _groupable(x: Tensor, inner: int) -> bool:
+    """``grouped_mm`` wants rows of whole 16 bytes, and not fp64."""
+    whole = x.shape[1] * x.element_size() % 16 == 0 and inner * x.element_size() % 16 == 0
+    return len(x) in GROUPED_ROWS and whole and x.dtype != torch.float64 and x.device.type == "cpu"
+
+
+def _infer_grouped(x: Tensor, up: Tensor, down: Tensor, counts: list[int], weights: Tensor) -> Tensor:
+    """The same in two grouped products, for few rows on many experts."""
+    ends = torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    inner = F.grouped_mm(x, up.transpose(1, 2), offs=ends)
+    return F.grouped_mm(inner.relu_().square_().mul_(weights.unsqueeze(1)), down.transpose(1, 2), offs=ends)
 
 
 def expert_mlp(x: Tensor, up: Tensor, down: Tensor, counts: list[int], weights: Tensor) -> Tensor:
     """See ``weft.ops.experts.expert_mlp``."""
-    return _Experts.apply(x.contiguous(), up, down, weights, counts)
+    if torch.is_grad_enabled():
+        return _Experts.apply(x, up, down, weights, counts)
+    run = _infer_grouped if _groupable(x, up.shape[1]) else _infer
+    return run(x, up, down, counts, weights)
