@@ -144,13 +144,20 @@ def test_data_of_a_recipe(action: str, tmp_path: Path, capsys: pytest.CaptureFix
 def test_what_stops_a_run_is_one_message_and_status_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        main(["data", "build", "stdlib_lm", f"data.source={tmp_path / 'absent'}", f"run.dir={tmp_path}"]) == 1
-    )
+    (tmp_path / "odd.txt").write_bytes(b"text \xff")
+    words = [f"data.source={tmp_path / 'odd.txt'}", f"run.dir={tmp_path / 'run'}"]
+    assert main(["data", "build", "stdlib_lm", *words]) == 1
     error = capsys.readouterr().err
     assert error.startswith("weft: ")
-    assert "absent" in error
+    assert "odd.txt" in error
     assert "Traceback" not in error
+
+
+def test_a_missing_source_is_found_with_the_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "stdlib_lm", f"data.source={tmp_path / 'absent'}"]) == 2
+    assert "data.source: " in capsys.readouterr().err
 
 
 def test_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:

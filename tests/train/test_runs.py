@@ -110,3 +110,22 @@ def test_an_imported_model_is_trained_on(tmp_path: Path) -> None:
     fresh = read_rows(first / "metrics.jsonl")[0]
     assert row["step"] == 1
     assert row["loss"] < fresh["loss"]  # the same batch, after training
+
+
+def test_a_finished_run_started_again_trains_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small(tmp_path / "run", build("nemotron3_nano_30b_pretrain_tiny"), load="auto")
+    train(config, {})
+    before = tensors(tmp_path / "run")
+    train(config, {})
+    assert "nothing left to train" in capsys.readouterr().out
+    after = tensors(tmp_path / "run")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_later_steps_in_the_way_are_found_before_training(tmp_path: Path) -> None:
+    config = small(tmp_path / "run", build("nemotron3_nano_30b_pretrain_tiny"))
+    train(config, {})
+    with pytest.raises(CheckpointError, match="already holds step 6"):
+        train(config, {})

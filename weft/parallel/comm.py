@@ -27,6 +27,10 @@ class Comm(Protocol):
         """Wait for all ranks."""
         ...
 
+    def twin(self) -> "Comm":
+        """The same ranks apart from this communicator, for the use of another thread."""
+        ...
+
 
 class SingleComm:
     """One rank: every collective is the identity."""
@@ -45,11 +49,16 @@ class SingleComm:
     def barrier(self) -> None:
         """Nobody to wait for."""
 
+    def twin(self) -> Comm:
+        """Itself: there is nothing to mix up."""
+        return self
+
 
 class _Exchange:
     """A board on which the threads of a group lay values for one another."""
 
     def __init__(self, size: int, timeout: float) -> None:
+        self.timeout = timeout
         self.board: list[Any] = [None] * size
         self.gate = threading.Barrier(size, timeout=timeout)
 
@@ -69,9 +78,8 @@ class ThreadComm:
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum in rank order, so that all ranks get the same bits."""
-        total = sum(self._exchange.swap(self.rank, tensor.detach().clone())[1:], start=0)
-        first = self._exchange.swap(self.rank, tensor.detach().clone())[0]
-        return tensor.copy_(first + total)
+        first, *rest = self._exchange.swap(self.rank, tensor.detach().clone())
+        return tensor.copy_(sum(rest, start=first))
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Values in rank order."""
@@ -81,27 +89,37 @@ class ThreadComm:
         """Wait for all threads."""
         self._exchange.swap(self.rank, None)
 
+    def twin(self) -> Comm:
+        """The same threads over a board of its own."""
+        board = _Exchange(self.size, self._exchange.timeout) if self.rank == 0 else None
+        return ThreadComm(self.rank, self.size, self._exchange.swap(self.rank, board)[0])
+
 
 class C10dComm:
-    """Ranks of torch.distributed's default process group (Gloo on CPU, NCCL on GPU)."""
+    """Ranks of a torch.distributed process group (Gloo on CPU, NCCL on GPU); all ranks by default."""
 
-    def __init__(self) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over the group."""
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=self._group)
         return tensor
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Values in rank order; only plain Python values of our own making travel here."""
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self._group)
         return values
 
     def barrier(self) -> None:
         """Wait for the group."""
-        dist.barrier()
+        dist.barrier(group=self._group)
+
+    def twin(self) -> Comm:
+        """A process group of its own."""
+        return C10dComm(dist.new_group())
 
 
 def run_threads(size: int, work: Callable[[Comm], Any], timeout: float = 60.0) -> list[Any]:

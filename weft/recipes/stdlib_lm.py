@@ -46,6 +46,6 @@ def stdlib_lm() -> RunConfig:
         validation=ValidationConfig(eval_interval=100, eval_iters=8),
         optimizer=OptimizerConfig(lr=5e-3, min_lr=5e-5),
         scheduler=SchedulerConfig(lr_warmup_iters=30, lr_wsd_decay_iters=0),
-        checkpoint=CheckpointConfig(save_interval=300),
+        checkpoint=CheckpointConfig(load="auto", save_interval=300),
         logger=LoggerConfig(log_interval=25),
     )

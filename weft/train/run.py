@@ -18,6 +18,7 @@ from weft.data.batch import Batch
 from weft.data.corpus import Corpus, build_corpus
 from weft.data.order import Loader
 from weft.data.prefetch import prefetch
+from weft.ops.memory import keep_freed_memory
 from weft.parallel.comm import Comm
 from weft.parallel.launch import connected
 from weft.spec.count import count, mean_context, training_flops_per_token
@@ -53,6 +54,7 @@ def train(config: RunConfig, origins: dict[str, str]) -> Path:
     device = pick_device(config)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
+    keep_freed_memory()
     torch.use_deterministic_algorithms(config.run.deterministic)
     with connected(device) as comm:
         _check_ranks(config, comm)
@@ -94,6 +96,7 @@ class Run:
         self.trainer = Trainer(config, model, loader, comm)
         self.first = self.saving.restore(self.trainer)
         if self.chief:
+            self._tell_resumed()
             self._write_settings(origins)
         comm.barrier()
 
@@ -111,6 +114,14 @@ class Run:
         if has > fits:
             message = f"{fits}, but the tokenizer has {has} tokens; raise it to at least {has}"
             raise ConfigError([Problem("model.vocab_size", message)])
+
+    def _tell_resumed(self) -> None:
+        source, last = self.saving.source, self.config.train.train_iters
+        if source is None:
+            return
+        left = last - self.first
+        rest = f"{left} steps to go" if left > 0 else "nothing left to train; set run.dir for a new run"
+        _say(f"resumed from {source.path} at step {self.first} of {last}: {rest}")
 
     def _write_settings(self, origins: dict[str, str]) -> None:
         self.dir.mkdir(parents=True, exist_ok=True)

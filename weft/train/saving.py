@@ -9,7 +9,7 @@ from weft.build.model import tensors
 from weft.checkpoint.load import Checkpoint, match, open_checkpoint
 from weft.checkpoint.save import AsyncSaver, save
 from weft.checkpoint.shard import Piece
-from weft.checkpoint.steps import latest
+from weft.checkpoint.steps import check_free, latest
 from weft.config.load import to_yaml
 from weft.parallel.comm import Comm
 from weft.spec.run import RunConfig
@@ -23,6 +23,7 @@ class Saving:
         self.config, self.comm = config, comm
         self.root = run_dir / "checkpoints"
         self.background = AsyncSaver() if config.checkpoint.async_save else None
+        self.writers = comm.twin() if self.background else comm  # the saver's thread needs its own
         self.source = self._source()
 
     def _source(self) -> Checkpoint | None:
@@ -39,11 +40,15 @@ class Saving:
         """Fill the trainer from the checkpoint; returns the steps done (0 for a new run or an import).
 
         Raises:
-            CheckpointError: a damaged checkpoint, or one of another model (all differences listed).
+            CheckpointError: a damaged checkpoint, one of another model (all differences listed), or later
+                steps in the run directory that this run would meet.
         """
-        source = self.source
-        if source is None:
-            return 0
+        done = self._fill(trainer, self.source) if self.source else 0
+        if self.config.checkpoint.save:
+            check_free(self.root, done)
+        return done
+
+    def _fill(self, trainer: Trainer, source: Checkpoint) -> int:
         match(source, self.config.model.params(), "model/")
         if "optimizer_steps" not in source.meta:  # an import: weights only, a new run begins from them
             for name, tensor in tensors(trainer.model, self.config.model).items():
@@ -63,6 +68,11 @@ class Saving:
     def _tensors(self, trainer: Trainer) -> dict[str, torch.Tensor]:
         return trainer.tensors(dict(tensors(trainer.model, self.config.model)))
 
+    def _is_source(self, step: int) -> bool:
+        """Whether the run was resumed from this very step, so that it lies there already."""
+        source = self.source
+        return source is not None and source.step == step and source.path.parent.resolve() == self.root.resolve()
+
     def maybe(self, step: int, trainer: Trainer) -> None:
         """Save where ``checkpoint.save_interval`` asks for it."""
         every = self.config.checkpoint.save_interval
@@ -71,7 +81,7 @@ class Saving:
 
     def save(self, step: int, trainer: Trainer, final: bool = False) -> None:
         """Write the checkpoint of ``step``; in the background if asked, but never the final one."""
-        if not self.config.checkpoint.save:
+        if not self.config.checkpoint.save or self._is_source(step):
             return
         named = self._tensors(trainer) | {"rng/torch": torch.get_rng_state()}
         pieces = [Piece.whole(name, tensor) for name, tensor in named.items()]
@@ -84,6 +94,6 @@ class Saving:
             "optimizer_steps": trainer.optimizer.steps,
         }
         write = self.background.save if self.background else save
-        write(self.root, step, pieces, meta, self.comm, self.config.checkpoint.most_recent_k)
+        write(self.root, step, pieces, meta, self.writers, self.config.checkpoint.most_recent_k)
         if self.background and final:
             self.background.wait()
