@@ -50,7 +50,7 @@ def test_mlp(twins, dtype, tolerance):
     twins("mlp", mlp, [x, up, down], tolerance)
     with torch.no_grad():
         without = mlp(x, up, down)
-    assert torch.equal(without, mlp(x.requires_grad_(), up, down))
+    assert (without - mlp(x.requires_grad_(), up, down)).abs().max() <= 10 * tolerance
 
 
 def test_mlp_gradcheck():

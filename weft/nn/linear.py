@@ -2,10 +2,10 @@
 
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from weft.nn.module import Layer
 from weft.nn.slots import Lookup, Loss
+from weft.ops.linear import linear
 from weft.ops.norm import gated_group_norm, rms_norm
 from weft.spec.hybrid import EmbeddingConfig
 from weft.spec.layers import LinearConfig, NormConfig
@@ -22,7 +22,7 @@ class Linear(Layer):
 
     def forward(self, x: Float[Tensor, "tokens cols"]) -> Float[Tensor, "tokens rows"]:
         """Project."""
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class RMSNorm(Layer):
@@ -78,4 +78,4 @@ class Head(Layer):
 
     def forward(self, hidden: Float[Tensor, "tokens embed"]) -> Float[Tensor, "tokens vocab"]:
         """Logits."""
-        return F.linear(hidden, self.weight)
+        return linear(hidden, self.weight)

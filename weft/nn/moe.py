@@ -6,7 +6,6 @@ Router: DeepSeek-V3 (arXiv 2412.19437, 2.1.2). Latent form: Nemotron 3 (arXiv 25
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from weft.nn.context import Context, RouterStats
 from weft.nn.linear import Linear
@@ -14,6 +13,7 @@ from weft.nn.mlp import MLP
 from weft.nn.module import Layer, Part
 from weft.nn.slots import Enter, Exchange, Leave
 from weft.ops.experts import expert_mlp
+from weft.ops.linear import linear
 from weft.ops.router import document_balance, route, z_loss
 from weft.spec.layers import MoEConfig, RouterConfig
 
@@ -31,11 +31,11 @@ class Router(Layer):
 
     def forward(
         self, x: Float[Tensor, "tokens embed"], ctx: Context, key: str
-    ) -> tuple[Float[Tensor, "tokens top_k"], Int[Tensor, "tokens top_k"], RouterStats]:
-        """Routing weights, chosen experts, statistics."""
+    ) -> tuple[Float[Tensor, "tokens top_k"], Int[Tensor, "tokens top_k"], RouterStats | None]:
+        """Routing weights, chosen experts, statistics (none while generating)."""
         c = self.config
         dtype = self.bias.dtype
-        logits = F.linear(x.to(dtype), self.weight.to(dtype))
+        logits = linear(x.to(dtype), self.weight.to(dtype))
         weights, experts, scores = route(
             logits,
             self.bias,
@@ -47,7 +47,7 @@ class Router(Layer):
             choices=ctx.replay.choices.get(key),
         )
         ctx.replay.choices.setdefault(key, experts)
-        return weights, experts, self.stats(logits, scores, experts, ctx)
+        return weights, experts, None if ctx.cache else self.stats(logits, scores, experts, ctx)
 
     def stats(
         self,

@@ -145,10 +145,8 @@ class Exchange(nn.Module):
         """All experts are here: sort the (token, slot) pairs by expert, stably."""
         flat = experts.flatten()
         order = torch.argsort(flat, stable=True)
-        back = torch.empty_like(order)
-        back[order] = torch.arange(order.numel(), device=order.device)
+        back = torch.argsort(order).view(experts.shape)  # the inverse permutation
         counts = torch.bincount(flat, minlength=num_experts)
-        back = back.view(experts.shape)
         return Dispatched(spread(x, order, back), weights.flatten()[order], counts, order, back)
 
     def combine(self, y: Float[Tensor, "rows width"], ticket: Dispatched) -> Float[Tensor, "tokens width"]:

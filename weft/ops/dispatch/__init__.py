@@ -7,11 +7,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
+def _to_rows(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+    return x.index_select(0, order // back.shape[1])
+
+
+def _to_tokens(rows: Tensor, back: Tensor) -> Tensor:
+    return rows.index_select(0, back.flatten()).view(*back.shape, rows.shape[1]).sum(1)
+
+
 class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
         ctx.save_for_backward(order, back)
-        return x.index_select(0, order // back.shape[1])
+        return _to_rows(x, order, back)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -23,8 +31,7 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, back: Tensor) -> Tensor:
         ctx.save_for_backward(order, back)
-        tokens, slots = back.shape
-        return rows.index_select(0, back.flatten()).view(tokens, slots, rows.shape[1]).sum(1)
+        return _to_tokens(rows, back)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -40,11 +47,11 @@ def spread(
     The gradient gathers by ``back`` and sums slots in order: no scatter-add, so it is the same
     bits on every run and device.
     """
-    return _Spread.apply(x, order, back)
+    return _Spread.apply(x, order, back) if torch.is_grad_enabled() else _to_rows(x, order, back)
 
 
 def collect(
     rows: Float[Tensor, "rows width"], order: Int[Tensor, " rows"], back: Int[Tensor, "tokens slots"]
 ) -> Float[Tensor, "tokens width"]:
     """Sum over slots of ``rows[back[t, s]]``, in slot order: the transpose of ``spread``."""
-    return _Collect.apply(rows, order, back)
+    return _Collect.apply(rows, order, back) if torch.is_grad_enabled() else _to_tokens(rows, back)

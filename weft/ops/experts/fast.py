@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from weft.ops.linear.fast import linear
+
 GROUPED_ROWS = range(16, 257)  # rows for which one grouped call beats a loop, without gradient
 
 
@@ -63,8 +65,8 @@ def _infer(x: Tensor, up: Tensor, down: Tensor, counts: list[int], weights: Tens
     """The same without a gradient to prepare."""
     y, factor = x.new_empty(x.shape), weights.unsqueeze(1)
     for e, rows in _slices(counts):
-        inner = torch.mm(x[rows], up[e].t()).relu_().square_().mul_(factor[rows])
-        torch.mm(inner, down[e].t(), out=y[rows])
+        inner = linear(x[rows], up[e]).relu_().square_().mul_(factor[rows])
+        y[rows] = linear(inner, down[e])
     return y
 
 

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from weft.ops.linear.fast import linear
+
 
 class _MLP(torch.autograd.Function):
     @staticmethod
@@ -30,4 +32,4 @@ def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """See ``weft.ops.mlp.mlp``."""
     if torch.is_grad_enabled():
         return _MLP.apply(x, up, down)
-    return F.linear(F.linear(x, up).relu_().square_(), down)
+    return linear(linear(x, up).relu_().square_(), down)

@@ -23,13 +23,25 @@ def _grad_normalized(grad: Tensor, normalized: Tensor, rstd: Tensor) -> Tensor:
     return grad.addcmul_(normalized, mean, value=-1).mul_(rstd)
 
 
+def _normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = _wide(x)
+    rstd = _rstd(wide, eps)
+    return (wide * rstd).mul_(weight).to(x.dtype), rstd
+
+
+def _gate_and_normalize(y: Tensor, z: Tensor, weight: Tensor, group: int, eps: float) -> tuple[Tensor, Tensor]:
+    wide_z = _wide(z)
+    gated = torch.sigmoid(wide_z).mul_(wide_z).mul_(y).unflatten(-1, (-1, group))
+    rstd = _rstd(gated, eps)
+    return gated.mul_(rstd).flatten(-2).mul_(weight).to(y.dtype), rstd
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = _wide(x)
-        rstd = _rstd(wide, eps)
+        y, rstd = _normalize(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
-        return (wide * rstd).mul_(weight).to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -44,11 +56,9 @@ class _RMSNorm(torch.autograd.Function):
 class _GatedGroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor, weight: Tensor, group: int, eps: float) -> Tensor:
-        wide_z = _wide(z)
-        gated = torch.sigmoid(wide_z).mul_(wide_z).mul_(y).unflatten(-1, (-1, group))
-        rstd = _rstd(gated, eps)
+        normalized, rstd = _gate_and_normalize(y, z, weight, group, eps)
         ctx.save_for_backward(y, z, weight, rstd)
-        return gated.mul_(rstd).flatten(-2).mul_(weight).to(y.dtype)
+        return normalized
 
     @staticmethod
     @once_differentiable
@@ -70,9 +80,13 @@ class _GatedGroupNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See ``weft.ops.norm.rms_norm``."""
-    return _RMSNorm.apply(x, weight, eps)
+    if torch.is_grad_enabled():
+        return _RMSNorm.apply(x, weight, eps)
+    return _normalize(x, weight, eps)[0]  # decoding: the autograd call alone costs as much as the norm
 
 
 def gated_group_norm(y: Tensor, z: Tensor, weight: Tensor, group: int, eps: float) -> Tensor:
     """See ``weft.ops.norm.gated_group_norm``."""
-    return _GatedGroupNorm.apply(y, z, weight, group, eps)
+    if torch.is_grad_enabled():
+        return _GatedGroupNorm.apply(y, z, weight, group, eps)
+    return _gate_and_normalize(y, z, weight, group, eps)[0]
