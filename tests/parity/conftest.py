@@ -36,7 +36,7 @@ def pair() -> Callable[[HybridConfig, int], Pair]:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Small products are faster, and the machine is shared."""
+    """One thread is faster for products this small, and sums come out in one order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -129,3 +129,55 @@ def test_later_steps_in_the_way_are_found_before_training(tmp_path: Path) -> Non
     train(config, {})
     with pytest.raises(CheckpointError, match="already holds step 6"):
         train(config, {})
+
+
+def test_a_resumed_run_keeps_its_tokenizer_when_the_corpus_grows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number in range(12):
+        (corpus / f"{number}.txt").write_text(f"the text of document {number} says little. " * 40)
+    base = small(tmp_path / "run", build("nemotron3_nano_30b_pretrain_tiny"), load="auto")
+    tokenizer = replace(base.data.tokenizer, vocab_size=300)
+    config = replace(
+        base, data=replace(base.data, source=str(corpus), tokenizer=tokenizer, valid_fraction=0.2)
+    )
+    where = train(config, {})
+    before = (where / "tokenizer" / "tokenizer.json").read_text()
+    for number in range(12, 16):
+        (corpus / f"{number}.txt").write_text("quite other words: zebra, quartz, fjord! " * 60)
+    longer = replace(config, train=replace(config.train, train_iters=STEPS + 2))
+    train(longer, {})
+    assert (where / "tokenizer" / "tokenizer.json").read_text() == before
+    assert "changed since then: train.train_iters: 6 -> 8" in capsys.readouterr().out
+    assert [row["step"] for row in read_rows(where / "metrics.jsonl")] == list(range(1, STEPS + 3))
+
+
+def test_another_precision_is_refused(tmp_path: Path) -> None:
+    config = small(tmp_path / "run", build("nemotron3_nano_30b_pretrain_tiny"), load="auto")
+    train(config, {})
+    other = replace(config, train=replace(config.train, precision="bf16", train_iters=STEPS + 1))
+    with pytest.raises(CheckpointError, match="set train.precision=fp32"):
+        train(other, {})
+
+
+def test_a_model_that_cannot_be_exported_still_has_its_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small(tmp_path / "run", build("nemotron3_nano_30b_pretrain_tiny"))
+    config = replace(config, model=replace(config.model, moe_shared_expert_intermediate_size=0))
+    where = train(config, {})
+    assert (where / "report.html").is_file()
+    assert not (where / "export").exists()
+    assert "no Hugging Face export of this run" in capsys.readouterr().out
+
+
+def test_a_failed_export_loses_neither_summary_nor_report(tmp_path: Path) -> None:
+    config = small(tmp_path / "run", build("nemotron3_nano_30b_pretrain_tiny"))
+    (tmp_path / "run" / "export").mkdir(parents=True)
+    (tmp_path / "run" / "export" / "precious.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="export"):
+        train(config, {})
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert (tmp_path / "run" / "export" / "precious.txt").read_text() == "mine"

@@ -19,7 +19,7 @@ BLOCK = 1 << 20  # elements drawn from one generator
 def initial(spec: ParamSpec, seed: int, dtype: torch.dtype) -> Shaped[Tensor, "..."]:
     """The whole parameter, in its global shape.
 
-    Values are drawn in fp32 on the CPU (fp64 policies convert them), so devices and precisions agree.
+    Values are drawn in fp32 on the CPU, then cast: devices agree, and precisions up to rounding.
     """
     rows = spec.shape[0]
     height = max(1, BLOCK * rows // max(1, spec.numel))

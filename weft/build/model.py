@@ -1,7 +1,6 @@
 """From a config to a model with memory, dtypes and values."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn

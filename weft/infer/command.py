@@ -1,5 +1,6 @@
 """``weft generate``: text from a checkpoint."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +14,11 @@ from weft.spec.data import TokenizerConfig
 
 @dataclass(frozen=True)
 class Continuation:
-    """One prompt and what the model wrote after it."""
+    """One prompt and what the model wrote after it; no texts without a tokenizer."""
 
-    prompt: str
+    prompt: str | None
     tokens: list[int]
-    text: str
+    text: str | None
 
 
 def tokenizer_of(ckpt: Path) -> Tokenizer | None:
@@ -48,9 +49,21 @@ def generate_text(
     ids += [list(row) for row in token_ids]
     if not ids:
         raise RunError("nothing to continue; give --prompt TEXT or --token-ids 1,2,3")
-    if tokenizer and not sampling.stop_tokens:
-        sampling = replace(sampling, stop_tokens=(tokenizer.eos_id,))
+    if not sampling.stop_tokens:
+        sampling = replace(sampling, stop_tokens=_ends(ckpt, tokenizer))
     rows = generate(model, ids, sampling, tokenizer.decode if tokenizer else None)
-    names = [*prompts, *(",".join(map(str, row)) for row in token_ids)]
-    texts = [cut(tokenizer.decode(row), sampling.stop) if tokenizer else "" for row in rows]
+    if tokenizer is None:
+        return [Continuation(None, row, None) for row in rows]
+    names = [*prompts, *(tokenizer.decode(row) for row in token_ids)]
+    texts = [cut(tokenizer.decode(row), sampling.stop) for row in rows]
     return [Continuation(*parts) for parts in zip(names, rows, texts, strict=True)]
+
+
+def _ends(ckpt: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Tokens that end a text: the tokenizer's own, and those an import's generation settings name."""
+    found = {tokenizer.eos_id} if tokenizer else set()
+    for name in ("generation_config.json", "config.json"):
+        file = run_of(ckpt) / "hf" / name
+        named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+        found |= set(named if isinstance(named, list) else [named] if isinstance(named, int) else [])
+    return tuple(sorted(found))

@@ -121,10 +121,8 @@ class HybridLM(Layer):
         states = [self.hidden(tokens, ctx)]
         states += self.ahead(states[0], future, ctx)
         targets = future.masked_fill(~mask, -1)
-        sums = [
-            self.head.loss(state, self.head.weight, targets[k], scales[k], chunk)
-            for k, state in enumerate(states)
-        ]
+        weight = self.head.wide_weight()  # once for all depths: their gradients add up in the wide dtype
+        sums = [self.head.loss(state, weight, targets[k], scales[k], chunk) for k, state in enumerate(states)]
         return Losses(sums[0], tuple(sums[1:]), ctx.stats)
 
     def logits(

@@ -1,5 +1,6 @@
 """Linear layers, norms and the token table."""
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -75,6 +76,13 @@ class Head(Layer):
         super().__init__()
         self.own(config.params())
         self.loss = Loss()
+
+    def wide_weight(self) -> Float[Tensor, "vocab embed"]:
+        """The matrix in the dtype of logits: fp32 under reduced precision.
+
+        Summing the output layer's gradient in bf16 made Nemotron 3 Ultra diverge late in pretraining.
+        """
+        return self.weight.float() if self.weight.dtype == torch.bfloat16 else self.weight
 
     def forward(self, hidden: Float[Tensor, "tokens embed"]) -> Float[Tensor, "tokens vocab"]:
         """Logits."""

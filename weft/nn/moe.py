@@ -19,7 +19,10 @@ from weft.spec.layers import MoEConfig, RouterConfig
 
 
 class Router(Layer):
-    """Scores in fp32 from the full width; choices by score plus bias; weights from the scores."""
+    """Scores from the full width; choices by score plus bias; weights from the scores.
+
+    Everything is computed in the dtype of the bias, which no policy reduces: fp32, or fp64 under fp64.
+    """
 
     weight: Tensor
     bias: Tensor

@@ -37,7 +37,10 @@ class Leave(nn.Module):
 
 
 class Total(nn.Module):
-    """Sum of a small statistic over the ranks that share its dimension."""
+    """Sum of a small statistic over the ranks that share its dimension (a norm over a sharded ``embed``).
+
+    No layer owns one yet: the layouts that exist today keep ``embed`` whole. Tensor layouts will fill it.
+    """
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The statistic is complete already."""

@@ -34,6 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a path that cannot be read or written, a full disk
+        if env.wants_traceback():
+            raise
+        print(f"weft: {error.filename or 'file system'}: {error.strerror or error}", file=sys.stderr)
+        return 1
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -149,7 +154,8 @@ def _generate(verbs: Verbs) -> None:
         )
         results = generate_text(arguments.ckpt, arguments.prompt, arguments.token_ids, sampling)
         for result in results:
-            print(f"{result.prompt}{result.text}" if result.text else ",".join(map(str, result.tokens)))
+            known = result.text is not None
+            print(f"{result.prompt}{result.text}" if known else ",".join(map(str, result.tokens)))
         _next(f"weft export {arguments.ckpt} HF_DIR")
         return 0
 

@@ -79,7 +79,7 @@ def state_bytes(model: HybridConfig, precision: str) -> int:
         kept = _BYTES[weight]
         if not spec.buffer:
             master = _BYTES[policy.master]
-            kept += _BYTES[policy.accumulate] + 2 * master + (master if weight != policy.master else 0)
+            kept += 3 * master + (master if weight != policy.master else 0)
         total += kept * spec.numel
     return total
 

@@ -44,7 +44,7 @@ class DataConfig(Config):
         "error", "what to do with text that is not UTF-8; skipped documents are counted and shown"
     )
     cache: str = setting(
-        "", "directory of tokenized corpora; empty is .cache/weft beside the run directory's parent"
+        "", "directory of tokenized corpora; empty is .cache in the run directory's parent"
     )
     seq_length: int = setting(512, "tokens per packed sequence", ge=2)
     valid_fraction: float = setting(

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 from weft.config.base import Config, setting
 from weft.config.errors import Problem
@@ -43,7 +42,6 @@ def _named(**children: LinearConfig | NormConfig) -> tuple[ParamSpec, ...]:
 class MixerConfig(Config):
     """What every residual branch has: the width it reads and writes, and its initial scale."""
 
-    symbol: ClassVar[str] = ""
     embed: int = setting(doc="residual width", ge=1)
     std: float = setting(0.02, "standard deviation of initial weights", ge=0)
     out_std: float = setting(0.02, "standard deviation of the projection back to the residual", ge=0)
@@ -65,7 +63,6 @@ class MixerConfig(Config):
 class MambaConfig(MixerConfig):
     """Mamba-2 mixer (Dao and Gu 2024, arXiv 2405.21060), gated group norm after the scan."""
 
-    symbol: ClassVar[str] = "M"
     heads: int = setting(doc="scan heads", ge=1)
     head_dim: int = setting(doc="channels per head", ge=1)
     groups: int = setting(doc="B/C groups, shared by heads/groups heads each", ge=1)
@@ -152,7 +149,6 @@ class MambaConfig(MixerConfig):
 class AttentionConfig(MixerConfig):
     """Causal grouped-query attention without positional encoding (Ainslie et al. 2023)."""
 
-    symbol: ClassVar[str] = "*"
     heads: int = setting(doc="query heads", ge=1)
     kv_heads: int = setting(doc="key and value heads", ge=1)
     head_dim: int = setting(doc="channels per head", ge=1)
@@ -194,7 +190,6 @@ class AttentionConfig(MixerConfig):
 class MLPConfig(MixerConfig):
     """Squared-ReLU MLP (So et al. 2021), not gated: ``down(relu(up(x))^2)``."""
 
-    symbol: ClassVar[str] = "-"
     mlp: int = setting(doc="inner width", ge=1)
 
     @property
@@ -261,7 +256,6 @@ class RouterConfig(Config):
 class MoEConfig(MixerConfig):
     """Mixture of experts, in a latent width when ``latent`` > 0 (LatentMoE, arXiv 2512.20856)."""
 
-    symbol: ClassVar[str] = "E"
     router: RouterConfig = setting(doc="the router")
     mlp: int = setting(doc="inner width of one expert", ge=1)
     latent: int = setting(0, "width in which experts work; 0 is the residual width", ge=0)

@@ -2,7 +2,7 @@
 
 A dimension is a tuple of parts. Most have one part; fused projections have several
 (``in_proj`` rows are ``[z | x | B | C | dt]``). Each part names the axis it is made of, so that
-sharding a composite dimension shards every part by its own name (reference: the design, D4).
+sharding a composite dimension shards every part by its own name (docs/design.md, "Nouns").
 """
 
 import math
@@ -70,7 +70,7 @@ class ParamSpec:
         dims: one (composite) dimension per tensor axis.
         init: starting values.
         decay: whether weight decay applies (matrices yes; norms, biases, A_log, D, dt_bias no).
-        fp32: kept in float32 under every reduced-precision policy.
+        fp32: kept in float32 under reduced precision (float64 under fp64).
         buffer: changed by a rule and not by gradients (the router's correction bias).
     """
 

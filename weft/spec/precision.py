@@ -12,33 +12,21 @@ class Precision:
 
     Attributes:
         params: parameters and activations.
-        master: the optimizer's copy of parameters, and its moments.
-        accumulate: gradients while microbatches add up.
-        reduce: gradients while ranks add up.
-        logits: logits, softmax and loss.
-        router: router logits and scores.
-        ssm: Mamba-2 time steps, decays and state; ``A_log``, ``D``, ``dt_bias``.
+        master: the optimizer's copy of parameters, its moments, and gradients while microbatches and ranks
+            add up; also the parameters that are never reduced (the router's bias, ``A_log``, ``D``,
+            ``dt_bias``), whose dtype router scores, time steps and SSM states follow.
     """
 
     params: Dtype
     master: Dtype
-    accumulate: Dtype
-    reduce: Dtype
-    logits: Dtype
-    router: Dtype
-    ssm: Dtype
 
     def of(self, fp32: bool) -> Dtype:
         """Dtype of a parameter; ``fp32`` marks those kept out of reduced precision."""
         return self.master if fp32 else self.params
 
 
-def _all(dtype: Dtype, params: Dtype | None = None) -> Precision:
-    return Precision(params or dtype, dtype, dtype, dtype, dtype, dtype, dtype)
-
-
 PRECISIONS: dict[str, Precision] = {
-    "fp64": _all("float64"),
-    "fp32": _all("float32"),
-    "bf16": _all("float32", params="bfloat16"),
+    "fp64": Precision("float64", "float64"),
+    "fp32": Precision("float32", "float32"),
+    "bf16": Precision("bfloat16", "float32"),
 }

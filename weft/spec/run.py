@@ -35,7 +35,6 @@ class TrainConfig(Config):
     )
     recompute: bool = setting(False, "recompute layers in the backward pass instead of keeping activations")
     loss_chunk: int = setting(1024, "tokens whose logits exist at a time", ge=1)
-    nan_policy: Literal["stop"] = setting("stop", "what a NaN or infinite loss does")
     exit_duration_in_mins: float = setting(
         0.0, "stop (with a checkpoint) after this many minutes of training; 0 is never", ge=0
     )
@@ -145,12 +144,16 @@ class RunConfig(Config):
 
     def check(self) -> Iterator[Problem]:
         """What two sections must agree on."""
-        warm, decay = self.scheduler.lr_warmup_iters, self.scheduler.lr_wsd_decay_iters
-        last = self.scheduler.lr_decay_iters or self.train.train_iters
-        if warm + decay > last:
+        scheduler, warm = self.scheduler, self.scheduler.lr_warmup_iters
+        last = scheduler.lr_decay_iters or self.train.train_iters
+        if scheduler.lr_decay_style == "WSD" and warm + scheduler.lr_wsd_decay_iters > last:
+            decay = scheduler.lr_wsd_decay_iters
             message = (
                 f"warm-up ({warm}) and WSD decay ({decay}) exceed the schedule's {last} steps; shorten one"
             )
+            yield Problem("scheduler.lr_warmup_iters", message)
+        elif warm > last:
+            message = f"warm-up ({warm}) exceeds the schedule's {last} steps; shorten it"
             yield Problem("scheduler.lr_warmup_iters", message)
         if not self.data.tokenizer.path and self.data.source != "mock":
             trained, vocab = self.data.tokenizer.vocab_size, self.model.vocab_size

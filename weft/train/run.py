@@ -1,8 +1,11 @@
 """A training run from its config to its report."""
 
+import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +21,18 @@ from weft.data.batch import Batch
 from weft.data.corpus import Corpus, build_corpus
 from weft.data.order import Loader
 from weft.data.prefetch import prefetch
+from weft.models.hf_hybrid import unpublishable
 from weft.ops.memory import keep_freed_memory
 from weft.parallel.comm import Comm
 from weft.parallel.launch import connected
+from weft.parallel.together import on_chief
 from weft.spec.count import count, mean_context, training_flops_per_token
 from weft.spec.run import RunConfig
 from weft.train.environment import environment
 from weft.train.evaluate import evaluate
 from weft.train.flops import measure_peak, utilization
 from weft.train.loop import Trainer
-from weft.train.metrics import Metrics, write_json
+from weft.train.metrics import Metrics, replace_text, write_json
 from weft.train.progress import Progress, show_summary
 from weft.train.report import write_report
 from weft.train.sample import sample
@@ -82,62 +87,75 @@ class Run:
         self.config, self.comm, self.device = config, comm, device
         self.dir = config.directory
         self.chief = comm.rank == 0
+        self.peak = 0.0
+        self.saving = Saving(config, comm)
         self.corpus = self._corpus()
-        self._check_vocabulary()
+        if self.corpus.tokenizer:
+            self.saving.tokenizer = self.corpus.tokenizer.fingerprint
+        self.saving.check()
         model = assemble(config.model, config.train.precision, device, config.run.seed)
-        data = config.data
-        self.saving = Saving(config, self.dir, comm)
-        position = self.saving.position()
-        loader = Loader(
-            self.corpus.splits["train"], data.seq_length, config.model.depths, config.run.seed, position
-        )
-        for change in loader.changes if self.chief else ():
-            _say(change)
+        blend, data = self.corpus.splits["train"], config.data
+        loader = Loader(blend, data.seq_length, config.model.depths, config.run.seed, self.saving.position())
         self.trainer = Trainer(config, model, loader, comm)
         self.first = self.saving.restore(self.trainer)
         if self.chief:
-            self._tell_resumed()
-            self._write_settings(origins)
-        comm.barrier()
+            self._tell(loader.changes)
+        if not self.finished:
+            on_chief(comm, lambda: self._write_settings(origins))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run was resumed with nothing left to do, its results included."""
+        return self.first >= self.config.train.train_iters and (self.dir / "summary.json").is_file()
 
     def _corpus(self) -> Corpus:
-        """Rank 0 tokenizes; the others find its work in the cache."""
-        build = partial(build_corpus, self.config.data, self.config.model.vocab_size, self.config.cache)
-        corpus = build(_say) if self.chief else None
-        self.comm.barrier()
-        return corpus or build()
+        """Rank 0 tokenizes; the others find its work in the cache. A resumed run keeps its tokenizer."""
+        data, kept = self.config.data, self.saving.kept_tokenizer()
+        if kept and not data.tokenizer.path:
+            data = replace(data, tokenizer=replace(data.tokenizer, path=str(kept)))
+        build = partial(build_corpus, data, self.config.model.vocab_size, self.config.cache)
+        built: list[Corpus] = []
+        on_chief(self.comm, lambda: built.append(build(_say)))
+        return built[0] if built else build()
 
-    def _check_vocabulary(self) -> None:
-        if self.corpus.tokenizer is None:
-            return
-        has, fits = self.corpus.tokenizer.vocab_size, self.config.model.vocab_size
-        if has > fits:
-            message = f"{fits}, but the tokenizer has {has} tokens; raise it to at least {has}"
-            raise ConfigError([Problem("model.vocab_size", message)])
-
-    def _tell_resumed(self) -> None:
+    def _tell(self, changes: list[str]) -> None:
         source, last = self.saving.source, self.config.train.train_iters
+        for change in changes:
+            _say(change)
+        for problem in unpublishable(self.config.model):
+            _say(f"no Hugging Face export of this run: model.{problem}")
         if source is None:
             return
         left = last - self.first
         rest = f"{left} steps to go" if left > 0 else "nothing left to train; set run.dir for a new run"
         _say(f"resumed from {source.path} at step {self.first} of {last}: {rest}")
+        for change in self.saving.changes():
+            _say(f"  changed since then: {change}")
 
     def _write_settings(self, origins: dict[str, str]) -> None:
-        self.dir.mkdir(parents=True, exist_ok=True)
-        (self.dir / "config.yaml").write_text(to_yaml(self.config))
+        replace_text(self.dir / "config.yaml", to_yaml(self.config))
         write_json(self.dir / "origins.json", origins)
         write_json(self.dir / "environment.json", environment(self.device))
-        if self.corpus.tokenizer:
+        for name, kept in (("hf", self.saving.beside("hf")), ("tokenizer", self.saving.beside("tokenizer"))):
+            if kept and not (self.dir / name).exists():
+                shutil.copytree(kept, self.dir / name)
+        if self.corpus.tokenizer and not (self.dir / "tokenizer").exists():
             self.corpus.tokenizer.save(self.dir / "tokenizer")
 
     def execute(self) -> Path:
-        """The loop, then the closing evaluation, sample, export and report."""
+        """The loop, then the closing evaluation, sample, report and export."""
+        if self.finished:
+            if self.chief:
+                show_summary(json.loads((self.dir / "summary.json").read_text(encoding="utf-8")))
+            return self.dir
         config = self.config
         flops = training_flops_per_token(config.model, mean_context((config.data.seq_length,)))
-        with self._followers() as follow, closing(prefetch(self._steps())) as batches:
-            done = self._loop(batches, follow, flops)
-        self.saving.save(done, self.trainer, final=True)
+        try:
+            with self._followers() as follow, closing(prefetch(self._steps())) as batches:
+                done = self._loop(batches, follow, flops)
+            self.saving.save(done, self.trainer, final=True)
+        finally:
+            self.saving.close()
         return self._finish(flops)
 
     @contextmanager
@@ -160,13 +178,11 @@ class Run:
         self, batches: Iterator[list[Batch]], follow: Callable[[dict[str, Any]], None], flops: float
     ) -> int:
         """All steps that are left; the number of the last one."""
-        config, iteration = self.config, self.first
-        dtype = self.trainer.model.embed.weight.dtype
-        peak = (config.logger.peak_flops or measure_peak(self.device, dtype)) * self.comm.size
-        began = time.perf_counter()
+        iteration, began = self.first, time.perf_counter()
+        self._measure_peak()
         for iteration, share in enumerate(batches, self.first + 1):
             row = self.trainer.step(iteration, share)
-            row["mfu"] = utilization(row["tokens_per_second"], flops, peak)
+            row["mfu"] = utilization(row["tokens_per_second"], flops, self.peak * self.comm.size)
             self._between(iteration, row)
             follow(row)
             if self._out_of_time(began):
@@ -190,7 +206,13 @@ class Run:
             and "valid" in self.corpus.splits
         ):
             row |= self._evaluate(config.validation.eval_iters)
+            self._measure_peak()
         self.saving.maybe(iteration, self.trainer)
+
+    def _measure_peak(self) -> None:
+        """FLOP/s of this rank's device; the best of several moments, for other work only ever slows one."""
+        dtype, told = self.trainer.model.embed.weight.dtype, self.config.logger.peak_flops
+        self.peak = told or max(self.peak, measure_peak(self.device, dtype))
 
     def _evaluate(self, limit: int = 0) -> dict[str, Any]:
         config, split = self.config, self.corpus.splits["valid"]
@@ -213,22 +235,27 @@ class Run:
 
     def _finish(self, flops: float) -> Path:
         valid = self._evaluate() if "valid" in self.corpus.splits else {}
-        if self.chief:
-            summary = self._summary(flops, valid)
-            write_json(self.dir / "summary.json", summary)
-            if self.config.checkpoint.save:
-                export_hf(self.dir, self.dir / "export")
-            write_report(self.dir)
-            show_summary(summary)
-        self.comm.barrier()
+        on_chief(self.comm, lambda: self._close(flops, valid))
         return self.dir
 
-    def _summary(self, flops: float, valid: dict[str, Any]) -> dict[str, Any]:
+    def _close(self, flops: float, valid: dict[str, Any]) -> None:
+        """Summary and report first, so that an export that fails loses neither."""
+        exports = self.config.checkpoint.save and not unpublishable(self.config.model)
+        summary = self._summary(flops, valid, exports)
+        write_json(self.dir / "summary.json", summary)
+        write_report(self.dir)
+        show_summary(summary)
+        if exports:
+            export_hf(self.dir, self.dir / "export")
+
+    def _summary(self, flops: float, valid: dict[str, Any], exports: bool) -> dict[str, Any]:
         config, split = self.config, self.corpus.splits.get("valid")
         counts = count(config.model)
         paths = {"report": self.dir / "report.html"}
         if config.checkpoint.save:
-            paths |= {"export": self.dir / "export", "checkpoint": self.dir / "checkpoints"}
+            paths["checkpoint"] = self.saving.root
+        if exports:
+            paths["export"] = self.dir / "export"
         summary = {
             "name": config.run.name,
             "params": counts.total,

@@ -7,30 +7,85 @@ import torch
 
 from weft.build.model import tensors
 from weft.checkpoint.load import Checkpoint, match, open_checkpoint
+from weft.checkpoint.model import run_of
 from weft.checkpoint.save import AsyncSaver, save
 from weft.checkpoint.shard import Piece
 from weft.checkpoint.steps import check_free, latest
-from weft.config.load import to_yaml
+from weft.config.errors import CheckpointError
+from weft.config.load import to_dict, to_yaml
+from weft.config.resolve import leaves
+from weft.config.text import parse
 from weft.parallel.comm import Comm
 from weft.spec.run import RunConfig
 from weft.train.loop import Trainer
 
 
 class Saving:
-    """Writes and reads the checkpoints of one run."""
+    """Writes and reads the checkpoints of one run.
 
-    def __init__(self, config: RunConfig, run_dir: Path, comm: Comm) -> None:
+    Attributes:
+        source: the checkpoint that the run goes on from, if any.
+        tokenizer: fingerprint of the run's tokenizer; saved, so that no run goes on with other token ids.
+    """
+
+    def __init__(self, config: RunConfig, comm: Comm) -> None:
         self.config, self.comm = config, comm
-        self.root = run_dir / "checkpoints"
+        self.root = config.directory / "checkpoints"
         self.background = AsyncSaver() if config.checkpoint.async_save else None
         self.writers = comm.twin() if self.background else comm  # the saver's thread needs its own
         self.source = self._source()
+        self.tokenizer = ""
 
     def _source(self) -> Checkpoint | None:
         load = self.config.checkpoint.load
         if load == "auto":
             return open_checkpoint(self.root) if latest(self.root) else None
         return open_checkpoint(Path(load)) if load else None
+
+    def beside(self, name: str) -> Path | None:
+        """A folder of the run that the source belongs to, if it is there."""
+        folder = run_of(self.source.path) / name if self.source else None
+        return folder if folder and folder.is_dir() else None
+
+    def kept_tokenizer(self) -> Path | None:
+        """Where the tokenizer of the source lies: its run's own, or the one that an import carried."""
+        folders = (self.beside("tokenizer"), self.beside("hf"))
+        return next((folder for folder in folders if folder and (folder / "tokenizer.json").is_file()), None)
+
+    def changes(self) -> list[str]:
+        """Settings that differ from those of the source, as ``name: old -> new``."""
+        text = self.source.meta.get("config") if self.source else None
+        if not isinstance(text, str) or self.source is None:
+            return []
+        old = dict(leaves(parse(text, str(self.source.path)).values))
+        new = dict(leaves(to_dict(self.config)))
+        ignored = ("run.", "checkpoint.", "logger.")
+        return [
+            f"{name}: {old[name]} -> {value}"
+            for name, value in new.items()
+            if name in old and not name.startswith(ignored) and _plain(old[name]) != _plain(value)
+        ]
+
+    def check(self) -> None:
+        """Refuse a source that cannot be gone on from with these settings.
+
+        Raises:
+            CheckpointError: another tokenizer or another precision.
+        """
+        if self.source is None:
+            return
+        meta, place = self.source.meta, self.source.path
+        if meta.get("tokenizer", self.tokenizer) != self.tokenizer:
+            raise CheckpointError(
+                f"{place} was trained with another tokenizer than the one of this corpus; name the tokenizer "
+                "of that run in data.tokenizer.path"
+            )
+        precision = self.config.train.precision
+        if meta.get("precision", precision) != precision:
+            raise CheckpointError(
+                f"{place} was trained in {meta['precision']}, this run asks for {precision}; set "
+                f"train.precision={meta['precision']}, or export and import it to go on from its weights alone"
+            )
 
     def position(self) -> dict[str, Any] | None:
         """Where the data stood, or None for a new run."""
@@ -71,7 +126,9 @@ class Saving:
     def _is_source(self, step: int) -> bool:
         """Whether the run was resumed from this very step, so that it lies there already."""
         source = self.source
-        return source is not None and source.step == step and source.path.parent.resolve() == self.root.resolve()
+        return (
+            source is not None and source.step == step and source.path.parent.resolve() == self.root.resolve()
+        )
 
     def maybe(self, step: int, trainer: Trainer) -> None:
         """Save where ``checkpoint.save_interval`` asks for it."""
@@ -87,6 +144,8 @@ class Saving:
         pieces = [Piece.whole(name, tensor) for name, tensor in named.items()]
         meta = {
             "config": to_yaml(self.config),
+            "precision": self.config.train.precision,
+            "tokenizer": self.tokenizer,
             "data": trainer.loader.state(trainer.samples),
             "samples": trainer.samples,
             "tokens": trainer.tokens,
@@ -95,5 +154,14 @@ class Saving:
         }
         write = self.background.save if self.background else save
         write(self.root, step, pieces, meta, self.writers, self.config.checkpoint.most_recent_k)
-        if self.background and final:
+        if final:
+            self.close()
+
+    def close(self) -> None:
+        """Wait for a background save; an error of it is raised here."""
+        if self.background:
             self.background.wait()
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -77,7 +77,7 @@ def attend_cached(
 def _one_query(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """``[batch, heads, dim]`` over ``[batch, kv_heads, all, dim]``: the heads of a group are its queries.
 
-    Ten times as fast as the grouped form at 8 sequences of 192 keys.
+    While decoding 8 sequences of 192 keys it takes half the time of the grouped form (0.22 ms against 0.44).
     """
     grouped = q.unflatten(1, (k.shape[1], -1))
     return _sdpa(grouped, k, v, scale, mask).flatten(1, 2)

@@ -4,7 +4,7 @@ Only inputs are kept: the backward pass makes the values before the SiLU again, 
 """
 
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from weft.ops.segments import Segments
 
-BLOCK_NUMBERS = 2**18  # of x: a few such arrays fit the second-level cache
+BLOCK_NUMBERS = 2**19  # of x: a few such arrays fit the caches
 Parts = tuple[Tensor, Tensor | None]  # a block's inputs and those before its segments, as [segments, rows, channels]
 
 
@@ -44,7 +44,7 @@ class _Block(NamedTuple):
 
 def _blocks(segments: Segments, taps: int, channels: int) -> Iterator[_Block]:
     """Blocks of about ``BLOCK_NUMBERS`` numbers, in order."""
-    rows = max(BLOCK_NUMBERS // channels, taps)
+    rows = max(BLOCK_NUMBERS // channels, 2 * taps)  # a block reaches back into one block at most
     first = token = 0
     for length, alike in groupby(segments.lengths):
         count = len(list(alike))
@@ -52,9 +52,10 @@ def _blocks(segments: Segments, taps: int, channels: int) -> Iterator[_Block]:
         for at in range(0, count if length else 0, step):
             own = min(step, count - at)
             tokens = slice(token + at * length, token + (at + own) * length)
-            for start in range(0, length, rows):
-                owned = slice(first + at, first + at + own)
-                yield _Block(tokens, owned, start, min(start + rows, length))
+            parts = -(-length // rows)
+            cuts = [length * part // parts for part in range(parts + 1)]
+            for start, stop in pairwise(cuts):
+                yield _Block(tokens, slice(first + at, first + at + own), start, stop)
         first, token = first + count, token + count * length
 
 

@@ -1,26 +1,32 @@
-"""Norms with hand-written gradients: they keep their inputs and one number per normalized group."""
+"""Norms with hand-written gradients: they keep their inputs and one number per normalized group.
 
+Both work on blocks of rows that stay in the cache between the dozen passes of a gradient.
+"""
+
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+BLOCK_NUMBERS = 2**18
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def _blocks(rows: int, width: int) -> Iterator[slice]:
+    step = max(1, BLOCK_NUMBERS // width)
+    return (slice(at, at + step) for at in range(0, rows, step))
+
+
 def _rstd(grouped: Tensor, eps: float) -> Tensor:
     """``1 / rms`` of the last dimension, kept as size 1."""
     norm = torch.linalg.vector_norm(grouped, dim=-1, keepdim=True)
     return norm.square_().div_(grouped.shape[-1]).add_(eps).rsqrt_()
-
-
-def _grad_normalized(grad: Tensor, normalized: Tensor, rstd: Tensor) -> Tensor:
-    """Gradient of ``x`` in ``normalized = x * rstd(x)``; writes into ``grad``."""
-    mean = (grad * normalized).mean(-1, keepdim=True)
-    return grad.addcmul_(normalized, mean, value=-1).mul_(rstd)
 
 
 def _normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -30,8 +36,7 @@ def _normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _gate_and_normalize(y: Tensor, z: Tensor, weight: Tensor, group: int, eps: float) -> tuple[Tensor, Tensor]:
-    wide_z = _wide(z)
-    gated = torch.sigmoid(wide_z).mul_(wide_z).mul_(y).unflatten(-1, (-1, group))
+    gated = F.silu(_wide(z)).mul_(y).unflatten(-1, (-1, group))
     rstd = _rstd(gated, eps)
     return gated.mul_(rstd).flatten(-2).mul_(weight).to(y.dtype), rstd
 
@@ -47,35 +52,47 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
-        grad, normalized = _wide(grad), _wide(x) * rstd
-        grad_weight = (grad * normalized).sum(0).to(weight.dtype)
-        grad_x = _grad_normalized(grad * weight, normalized, rstd)
-        return grad_x.to(x.dtype), grad_weight, None
+        grad_x, grad_weight = x.new_empty(x.shape), torch.zeros_like(weight, dtype=rstd.dtype)
+        wide_weight = weight.to(rstd.dtype)
+        for rows in _blocks(*x.shape):
+            own, own_grad, scale = _wide(x[rows]), _wide(grad[rows]), rstd[rows]
+            # x_hat = x * scale; dx = scale * (w grad - x_hat * mean(w grad x_hat))
+            product = own_grad * own
+            grad_weight.addmv_(product.t(), scale.squeeze(1))
+            mean = (product @ wide_weight).unsqueeze(1).mul_(scale.pow(3)).div_(-x.shape[1])
+            grad_x[rows] = torch.mul(own_grad, wide_weight, out=product).mul_(scale).addcmul_(own, mean)
+        return grad_x, grad_weight.to(weight.dtype), None
 
 
 class _GatedGroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor, weight: Tensor, group: int, eps: float) -> Tensor:
-        normalized, rstd = _gate_and_normalize(y, z, weight, group, eps)
+        rstd = _wide(y.new_empty(len(y), y.shape[1] // group, 1))
+        out = y.new_empty(y.shape)
+        for rows in _blocks(*y.shape):
+            out[rows], rstd[rows] = _gate_and_normalize(y[rows], z[rows], weight, group, eps)
         ctx.save_for_backward(y, z, weight, rstd)
-        return normalized
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         y, z, weight, rstd = ctx.saved_tensors
-        wide_y, wide_z = _wide(y), _wide(z)
-        groups = (rstd.shape[-2], y.shape[-1] // rstd.shape[-2])
-        gate = torch.sigmoid(wide_z)
-        silu = gate * wide_z
-        normalized = (silu * wide_y).unflatten(-1, groups).mul_(rstd)
-        grad = _wide(grad)
-        grad_weight = (grad * normalized.flatten(-2)).sum(0).to(weight.dtype)
-        grad_gated = _grad_normalized((grad * weight).unflatten(-1, groups), normalized, rstd).flatten(-2)
-        # silu'(z) = sigmoid + silu (1 - sigmoid)
-        slope = torch.addcmul(gate, silu, 1 - gate)
-        grad_z = slope.mul_(wide_y).mul_(grad_gated).to(z.dtype)
-        return grad_gated.mul_(silu).to(y.dtype), grad_z, grad_weight, None, None
+        grad_y, grad_z = y.new_empty(y.shape), z.new_empty(z.shape)
+        grad_weight, wide_weight = torch.zeros_like(weight, dtype=rstd.dtype), weight.to(rstd.dtype)
+        groups = (rstd.shape[1], -1)
+        for rows in _blocks(*y.shape):
+            own_y, own_z, own_grad = (_wide(t[rows]) for t in (y, z, grad))
+            silu, scale = F.silu(own_z), rstd[rows]
+            normalized = (silu * own_y).unflatten(1, groups).mul_(scale)
+            product = own_grad * normalized.flatten(1)
+            grad_weight += product.sum(0)
+            mean = product.mul_(wide_weight).unflatten(1, groups).mean(-1, keepdim=True)
+            gated = (own_grad * wide_weight).unflatten(1, groups)
+            gated = gated.addcmul_(normalized, mean, value=-1).mul_(scale).flatten(1)
+            grad_y[rows] = silu.mul_(gated)
+            grad_z[rows] = torch.ops.aten.silu_backward(gated.mul_(own_y), own_z)
+        return grad_y, grad_z, grad_weight.to(weight.dtype), None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -20,8 +20,6 @@ class Block:
         size: tokens per chunk.
         tokens: which tokens.
         place: where each token lies among ``segments * chunks * size`` padded places; None without padding.
-        begins: the block holds the first chunk of its segments.
-        ends: the block holds the last chunk of its segments.
     """
 
     segments: slice
@@ -29,25 +27,26 @@ class Block:
     size: int
     tokens: slice
     place: Tensor | None
-    begins: bool
-    ends: bool
 
-    def cut(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """``[tokens, ...]`` to ``[segments * chunks, size, ...]`` of ``dtype``, contiguous; padding is zero."""
-        own = t[self.tokens].to(dtype).contiguous()
+    def cut(self, own: Tensor, dtype: torch.dtype) -> Tensor:
+        """The block's ``[tokens, ...]`` to ``[segments * chunks, size, ...]`` of ``dtype``; padding is zero."""
+        own = own.to(dtype)
         if self.place is not None:
             places = (self.segments.stop - self.segments.start) * self.chunks * self.size
-            own = own.new_zeros(places, *t.shape[1:]).index_copy_(0, self.place, own)
+            own = own.new_zeros(places, *own.shape[1:]).index_copy_(0, self.place, own)
         return own.unflatten(0, (-1, self.size))
 
     def join(self, t: Tensor, out: Tensor) -> None:
         """Write ``[segments * chunks, size, ...]`` to its tokens of ``out``."""
-        flat = t.flatten(0, 1)
-        out[self.tokens] = flat if self.place is None else flat.index_select(0, self.place)
+        if self.place is None:
+            out[self.tokens].view(t.shape).copy_(t)
+        else:
+            own = t.flatten(0, 1).index_select(0, self.place)
+            out[self.tokens].view(own.shape).copy_(own)
 
-    def by_segment(self, t: Tensor) -> Tensor:
-        """``[segments * chunks, ...]`` as ``[segments, chunks, ...]``."""
-        return t.unflatten(0, (-1, self.chunks))
+    def by_chunk(self, t: Tensor, groups: int) -> Tensor:
+        """``[segments * chunks * groups, ...]`` as ``[segments, chunks, groups, ...]``."""
+        return t.unflatten(0, (-1, self.chunks, groups))
 
 
 def make_blocks(segments: Segments, chunk: int, tokens: int, device: torch.device) -> list[Block]:
@@ -82,7 +81,7 @@ def _whole(first: int, start: int, lengths: list[int], chunks: int, size: int, d
         rows = [torch.arange(length) + s * chunks * size for s, length in enumerate(lengths)]
         place = torch.cat(rows).to(device, non_blocking=True)
     owned = slice(first, first + len(lengths))
-    return Block(owned, chunks, size, slice(start, start + sum(lengths)), place, begins=True, ends=True)
+    return Block(owned, chunks, size, slice(start, start + sum(lengths)), place)
 
 
 def _split(segment: int, start: int, length: int, size: int, most: int, device: torch.device) -> Iterator[Block]:
@@ -93,4 +92,4 @@ def _split(segment: int, start: int, length: int, size: int, most: int, device: 
         chunks, uneven = -(-own // size), own % size
         place = torch.arange(own).to(device, non_blocking=True) if uneven else None
         tokens = slice(start + at, start + at + own)
-        yield Block(slice(segment, segment + 1), chunks, size, tokens, place, begins=not at, ends=at + own == length)
+        yield Block(slice(segment, segment + 1), chunks, size, tokens, place)
