@@ -1,9 +1,9 @@
 """Training and decoding speed of the hybrid model against transformers, in one run.
 
 Both models have the committed config below (the proportions of Nemotron 3 Super at width 256), fp32, two
-threads, and both profit from an allocator that keeps freed memory (weft.ops.memory). The peer gets its best flags: sdpa
-attention, the faster of its eager and grouped_mm experts, the fastest chunk size of 32, 64 and 128,
-fused AdamW, and its cache. Rounds of the two are interleaved; figures are medians.
+threads, and both profit from an allocator that keeps freed memory (weft.ops.memory). The peer gets its best
+flags: sdpa attention, the faster of its eager and grouped_mm experts, the fastest chunk size of 32, 64 and
+128, fused AdamW, and its cache. Rounds of the two are interleaved; figures are medians.
 
     python benchmarks/hybrid_vs_transformers.py            # writes benchmarks/hybrid_vs_transformers.json
 """
@@ -24,7 +24,7 @@ from weft.infer.generate import Sampling, generate
 from weft.ops.memory import keep_freed_memory
 from weft.ops.segments import Segments
 from weft.parallel.store import Store
-from weft.spec.count import training_flops_per_token
+from weft.spec.count import count, training_flops_per_token
 from weft.spec.hybrid import HybridConfig
 from weft.spec.run import OptimizerConfig
 from weft.train.flops import measure_peak
@@ -192,9 +192,16 @@ def training(rounds: int, peak: float) -> list[dict]:
     return rows
 
 
+def reading_speed() -> float:
+    """Bytes per second at which a weight that no cache holds is read for one token."""
+    weight, token = torch.randn(2, 2**16, 256), torch.randn(2, 256, 1)  # 128 MiB
+    torch.bmm(weight, token)
+    return weight.nbytes / min(timed(lambda: void(torch.bmm(weight, token))) for _ in range(5))
+
+
 def decoding(rounds: int) -> list[dict]:
     """Decode tokens per second: the time of 64 more tokens, prefill not counted."""
-    rows = []
+    rows, limit = [], reading_speed() / (4 * count(CONFIG).active)
     for batch in (1, 8):
         models = {name: peer(name, 64).eval() for name in ("eager", "grouped_mm")}
         fastest = min(models, key=lambda n: min(timed(peer_decode(models[n], batch, 16)) for _ in range(3)))
@@ -209,6 +216,9 @@ def decoding(rounds: int) -> list[dict]:
             "ratio": theirs / ours,
             "peer flags": f"sdpa, {fastest}, cache",
         }
+        if batch == 1:  # each step reads the active parameters once; more sequences share dense weights
+            row["memory limit tokens/s"] = limit
+            row["our share of the memory limit"] = NEW / ours / limit
         rows.append(row)
         show(row)
     return rows
@@ -216,10 +226,8 @@ def decoding(rounds: int) -> list[dict]:
 
 def show(row: dict) -> None:
     """One line per figure."""
-    print(
-        f"{row['what']}: {row['ours tokens/s']:.0f} against {row['peer tokens/s']:.0f} tokens/s, ratio {row['ratio']:.2f}",
-        flush=True,
-    )
+    speeds = f"{row['ours tokens/s']:.0f} against {row['peer tokens/s']:.0f} tokens/s"
+    print(f"{row['what']}: {speeds}, ratio {row['ratio']:.2f}", flush=True)
 
 
 def main() -> None:
@@ -234,6 +242,7 @@ def main() -> None:
     rows = training(args.rounds, peak) + decoding(args.rounds)
     result = {
         "command": "python benchmarks/hybrid_vs_transformers.py",
+        "environment": environment() | {"transformers": version("transformers")},
         "peak GFLOP/s": peak / 1e9,
         "rows": rows,
     }

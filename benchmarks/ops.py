@@ -292,7 +292,8 @@ def report(cases: Sequence[Case], rounds: int, clock: Callable[[], float]) -> No
     peak, bandwidth = limits()
     print(f"{torch.get_num_threads()} threads: {peak / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s")
     print(
-        f"{'operation':26} {'MFLOP':>8} {'MB':>7} {'bound ms':>9} {'fast ms':>9} {'of bound':>8} {'reference':>9}"
+        f"{'operation':26} {'MFLOP':>8} {'MB':>7} {'bound ms':>9} {'fast ms':>9} {'of bound':>8} "
+        f"{'reference':>9}"
     )
     for case in cases:
         for backward in (False, True) if case.backward else (False,):
@@ -301,7 +302,8 @@ def report(cases: Sequence[Case], rounds: int, clock: Callable[[], float]) -> No
             times = compare(case, backward, rounds, clock)
             slow = f"{times['reference'] * 1e3:9.3f}" if case.slow else ""
             name = case.name + (" +backward" if backward else "")
-            sizes = f"{factor * case.flops / 1e6:8.0f} {factor * FLOAT * case.numbers / 1e6:7.1f} {bound * 1e3:9.3f}"
+            megabytes = factor * FLOAT * case.numbers / 1e6
+            sizes = f"{factor * case.flops / 1e6:8.0f} {megabytes:7.1f} {bound * 1e3:9.3f}"
             print(
                 f"{name:26} {sizes} {times['fast'] * 1e3:9.3f} {bound / times['fast']:8.0%} {slow}",
                 flush=True,

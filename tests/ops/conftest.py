@@ -16,7 +16,9 @@ def _run(op: str, backend: str, call: Callable, inputs: Sequence[Tensor], seed: 
         outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
         generator = torch.Generator().manual_seed(seed)
         wanted = [o for o in outputs if o.requires_grad]
-        cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in wanted]
+        cotangents = [
+            torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in wanted
+        ]
         grads = torch.autograd.grad(wanted, [t for t in leaves if t.requires_grad], cotangents)
     return [*outputs, *grads]
 

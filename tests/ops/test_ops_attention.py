@@ -14,17 +14,25 @@ def inputs(tokens, heads=4, kv_heads=2, dim=8, dtype=torch.float64):
     return [torch.randn(tokens, n, dim, dtype=dtype) for n in (heads, kv_heads, kv_heads)]
 
 
-@pytest.mark.parametrize("lengths", [(8, 8), (1, 2, 3, 3, 9), (9,), (3, 0, 2), (40, 5, 40)])
+@pytest.mark.parametrize("lengths", [(8, 8), (1, 2, 3, 3, 9), (9,), (3, 0, 2), (40, 5, 40), (300, 1, 300)])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_equals_softmax(twins, lengths, kv_heads):
     segments = Segments(lengths)
-    twins("attention", lambda *t: attend(*t, segments, SCALE), inputs(segments.tokens, kv_heads=kv_heads), 1e-10)
+    twins(
+        "attention", lambda *t: attend(*t, segments, SCALE), inputs(segments.tokens, kv_heads=kv_heads), 1e-10
+    )
 
 
 def test_fp32(twins):
     """fp32 against fp32: 1e-5 of the largest element."""
     segments = Segments((64, 32))
     twins("attention", lambda *t: attend(*t, segments, SCALE), inputs(96, dtype=torch.float32), 1e-5)
+
+
+def test_bf16(twins):
+    """bf16 against bf16 computed in fp32: 2e-2 of the largest element."""
+    segments = Segments((64, 32, 32))
+    twins("attention", lambda *t: attend(*t, segments, SCALE), inputs(128, dtype=torch.bfloat16), 2e-2)
 
 
 def test_gradcheck():

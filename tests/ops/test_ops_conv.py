@@ -51,7 +51,9 @@ def test_bf16_is_computed_wide():
 def test_input_may_be_a_view():
     x, weight, bias, _ = inputs(30, 1)
     view = torch.cat([x, x, x], dim=1)[:, 6:12]
-    assert torch.equal(causal_conv(view, weight, bias, Segments((30,))), causal_conv(x, weight, bias, Segments((30,))))
+    assert torch.equal(
+        causal_conv(view, weight, bias, Segments((30,))), causal_conv(x, weight, bias, Segments((30,)))
+    )
 
 
 @pytest.mark.parametrize("taps", [4, 1])

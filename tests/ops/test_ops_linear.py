@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from weft.ops.linear import linear
 
 

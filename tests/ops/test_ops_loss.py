@@ -17,7 +17,12 @@ def inputs(tokens, embed=5, vocab=11, dtype=torch.float64):
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_equals_full(twins, tokens, chunk):
     hidden, weight, targets = inputs(tokens)
-    twins("cross_entropy", lambda h, w: linear_cross_entropy(h, w, targets, chunk, 0.37), [hidden, weight], 1e-10)
+    twins(
+        "cross_entropy",
+        lambda h, w: linear_cross_entropy(h, w, targets, chunk, 0.37),
+        [hidden, weight],
+        1e-10,
+    )
     twins("cross_entropy", lambda h: linear_cross_entropy(h, weight, targets, chunk), [hidden], 1e-10)
     twins("cross_entropy", lambda w: linear_cross_entropy(hidden, w, targets, chunk), [weight], 1e-10)
 
@@ -61,7 +66,9 @@ def test_bf16_accumulates_wide():
 def test_gradcheck():
     hidden, weight, targets = inputs(6, embed=3, vocab=4)
     given = [hidden.requires_grad_(), weight.requires_grad_()]
-    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets, 4, 0.5), given, fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy(h, w, targets, 4, 0.5), given, fast_mode=True
+    )
 
 
 def test_gradient_scales_with_the_cotangent():

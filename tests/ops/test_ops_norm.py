@@ -20,7 +20,9 @@ def inputs(count, tokens=10, width=12, dtype=torch.float64):
 
 
 @pytest.mark.parametrize(("call", "count"), [(rms, 1), (gated, 2)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 2**-6)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 2**-6)]
+)
 def test_equals_reference(twins, call, count, dtype, tolerance):
     twins("norm", call, inputs(count, dtype=dtype), tolerance)
 

@@ -57,7 +57,9 @@ def test_balance_of_documents_adds_up():
     logits, bias = inputs()
     _, experts, scores = route(logits, bias, 3)
     both = document_balance(scores, experts, Segments((5, 9)), 0.7)
-    apart = [document_balance(scores[a:b], experts[a:b], Segments((b - a,)), 0.7) for a, b in ((0, 5), (5, 14))]
+    apart = [
+        document_balance(scores[a:b], experts[a:b], Segments((b - a,)), 0.7) for a, b in ((0, 5), (5, 14))
+    ]
     assert (both - sum(apart)).abs() < 1e-12
 
 

@@ -7,11 +7,25 @@ from torch import Tensor
 from weft.ops.scan import ssd, ssd_step
 from weft.ops.segments import Segments
 
-RAGGED = [((8, 8), 4), ((7, 3, 5, 1, 12), 4), ((9,), 4), ((4, 4, 1, 1, 1, 16), 4), ((2, 0, 6), 4), ((5,), 1), ((5, 5), 64)]
+RAGGED = [
+    ((8, 8), 4),
+    ((7, 3, 5, 1, 12), 4),
+    ((9,), 4),
+    ((4, 4, 1, 1, 1, 16), 4),
+    ((2, 0, 6), 4),
+    ((5,), 1),
+    ((5, 5), 64),
+]
 
 
 def inputs(
-    tokens: int, segments: int, heads: int = 4, dim: int = 3, groups: int = 2, state: int = 5, dtype=torch.float64
+    tokens: int,
+    segments: int,
+    heads: int = 4,
+    dim: int = 3,
+    groups: int = 2,
+    state: int = 5,
+    dtype=torch.float64,
 ) -> list[Tensor]:
     return [
         torch.randn(tokens, heads, dim, dtype=dtype),

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from weft.data.indexed import TokenWriter
 from weft.recipes.cli import main
@@ -44,7 +46,10 @@ def latin(folder: Path) -> list[str]:
 def large_id(folder: Path) -> list[str]:
     with TokenWriter(folder / "large", np.int32) as writer:
         writer.add([5, 70_000, 7])
-    return [f"data.source={folder / 'large'}"]
+    words = Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "word": 2}, unk_token="</s>"))
+    words.add_special_tokens(["<s>", "</s>"])
+    words.save(str(folder / "tokenizer.json"))
+    return [f"data.source={folder / 'large'}", f"data.tokenizer.path={folder / 'tokenizer.json'}"]
 
 
 CASES: dict[str, tuple[Callable[[Path], list[str]], int, str]] = {

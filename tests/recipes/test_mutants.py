@@ -112,6 +112,15 @@ def test_more_depths_than_the_pattern_has() -> None:
     assert problem.startswith("model.mtp_num_depths: 3 depths need one '/' part (repeated) or 3 of them")
 
 
+def test_the_wsd_decay_counts_only_for_wsd() -> None:
+    cosine = ["scheduler.lr_decay_style=cosine", "scheduler.lr_wsd_decay_iters=100000"]
+    layer = override_layer(RunConfig, cosine)
+    assert resolve(build("stdlib_lm"), [layer], "recipe").config.scheduler.lr_decay_style == "cosine"
+    (problem,) = problems_of("stdlib_lm", *cosine, "train.train_iters=3")
+    assert problem.startswith("scheduler.lr_warmup_iters: warm-up (")
+    assert problem.endswith("exceeds the schedule's 3 steps; shorten it")
+
+
 def test_a_problem_of_a_layer_is_told_once_under_the_name_users_set() -> None:
     assert len(problems_of("stdlib_lm", "model.hidden_size=0")) == 1
     (problem,) = problems_of("stdlib_lm", "model.mamba_num_heads=3")

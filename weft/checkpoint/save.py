@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from weft.checkpoint.manifest import DTYPE_NAMES, DTYPES, FileRecord, Manifest, 
 from weft.checkpoint.shard import Piece
 from weft.config.errors import CheckpointError, RunError, WeftError
 from weft.parallel.comm import Comm
+from weft.parallel.together import on_every
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -107,8 +108,18 @@ class _Claim:
     shape: tuple[int, ...]
     box: Box
 
+    def encode(self) -> tuple[Any, ...]:
+        """Plain JSON values."""
+        return self.name, self.dtype, self.shape, self.box.start, self.box.shape
 
-_Shard = tuple[str, FileRecord, list[tuple[str, PieceRecord]]]  # file and tensor names, and their records
+    @classmethod
+    def decode(cls, raw: Sequence[Any]) -> "_Claim":
+        """The inverse of ``encode``."""
+        name, dtype, shape, *box = raw
+        return cls(name, dtype, tuple(shape), Box(*map(tuple, box)))
+
+
+_Shard = Sequence[Any]  # file name, its record, and tensor name and record of each piece, as JSON values
 
 
 class _Saving:
@@ -122,8 +133,8 @@ class _Saving:
         self.draft = self.target.with_name(f"{self.target.name}.saving")
         self.need = 0
         self._lock: int | None = None
-        claims = self._together(lambda: [_claim(piece) for piece in pieces])
-        self.tensors, owners = _assign(claims)
+        claims = self._together(lambda: [_claim(piece).encode() for piece in pieces])
+        self.tensors, owners = _assign([[_Claim.decode(raw) for raw in share] for share in claims])
         # 1024: what header and manifest say of a piece
         self.need = sum(claim.box.numel * DTYPES[claim.dtype].itemsize + 1024 for claim in owners)
         mine = {(claim.name, claim.box) for claim, rank in owners.items() if rank == comm.rank}
@@ -170,7 +181,8 @@ class _Saving:
         shards: list[_Shard] = []
         for index, pieces in enumerate(self.files):
             name = f"rank_{self.comm.rank:05d}_{index:03d}.safetensors"
-            shards.append((name, *shard.write(self.draft / name, pieces, self.step)))
+            file, records = shard.write(self.draft / name, pieces, self.step)
+            shards.append((name, asdict(file), [(tensor, record.encode()) for tensor, record in records]))
         return shards
 
     def _commit(self, shards: list[_Shard]) -> None:
@@ -179,12 +191,13 @@ class _Saving:
         pieces: dict[str, list[PieceRecord]] = {name: [] for name in self.tensors}
         for _, _, records in shards:
             for name, record in records:
-                pieces[name].append(record)
+                pieces[name].append(PieceRecord.decode(record))
         tensors = {
             name: TensorRecord(claim.dtype, claim.shape, tuple(pieces[name]))
             for name, claim in self.tensors.items()
         }
-        raw = Manifest(self.step, {name: file for name, file, _ in shards}, tensors, self.meta).encode()
+        files = {name: FileRecord(**file) for name, file, _ in shards}
+        raw = Manifest(self.step, files, tensors, self.meta).encode()
         if self.target.exists():
             self._accept(raw)
             return
@@ -206,33 +219,24 @@ class _Saving:
             )
         disk.remove_tree(self.draft)
 
-    def _together(self, work: Callable[[], T]) -> list[T]:
+    def _together(self, work: Callable[[], Any]) -> list[Any]:
         """What ``work`` returns on every rank; one error on all, and no draft, if it fails anywhere."""
-        value, cause, failure = None, None, None
         try:
-            try:
-                value = work()
-            except Exception as error:  # noqa: BLE001 - told to every rank
-                cause, failure = error, self._explain(error)
-            outcomes = self.comm.gather_objects((value, failure))
-        except BaseException:  # an interrupt or a lost rank
+            return on_every(self.comm, lambda: self._explained(work))
+        except BaseException:  # also an interrupt or a lost rank
             self._abandon()
             raise
-        failures = {rank: failure for rank, (_, failure) in enumerate(outcomes) if failure}
-        if failures:
-            self._abandon()
-            several = self.comm.size > 1
-            lines = (f"rank {rank}: {text}" if several else text for rank, (_, text) in failures.items())
-            kind, _ = next(iter(failures.values()))
-            raise kind("\n".join(lines)) from cause
-        return [value for value, _ in outcomes]
 
-    def _explain(self, error: Exception) -> tuple[type[WeftError], str]:
-        kind = CheckpointError if isinstance(error, CheckpointError) else RunError
-        if isinstance(error, OSError):
-            error = disk.trouble(error, self.root, self.need)
-        known = isinstance(error, WeftError)
-        return kind, str(error) if known else f"saving {self.target} failed: {error!r}"
+    def _explained(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns; whatever goes wrong in words for users."""
+        try:
+            return work()
+        except WeftError:
+            raise
+        except OSError as error:
+            raise disk.trouble(error, self.root, self.need) from error
+        except Exception as error:
+            raise RunError(f"saving {self.target} failed: {error!r}") from error
 
     def _abandon(self) -> None:
         if self._lock is not None and self.draft.exists():

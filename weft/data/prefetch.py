@@ -1,7 +1,7 @@
 """Work done ahead of its use, in order."""
 
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from queue import Full, Queue
 from typing import Any, TypeVar
 

@@ -1,4 +1,4 @@
-"""Keeps freed memory in the process, so that large activations do not fault their pages in again and again."""
+"""Keeps freed memory in the process, so that large activations do not fault their pages in each time."""
 
 import ctypes
 import sys
@@ -17,4 +17,6 @@ def keep_freed_memory() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent outside glibc
-    return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, KEPT) and mallopt(M_TRIM_THRESHOLD, 2 * KEPT - 1))
+    return mallopt is not None and bool(
+        mallopt(M_MMAP_THRESHOLD, KEPT) and mallopt(M_TRIM_THRESHOLD, 2 * KEPT - 1)
+    )

@@ -38,16 +38,8 @@ class Segments:
         """Segment number of each token."""
         return self._keep("ids", device, self._make_ids)
 
-    def positions(self, device: torch.device) -> Int[Tensor, " tokens"]:
-        """Place of each token inside its segment."""
-        return self._keep("positions", device, self._make_positions)
-
     def _make_ids(self) -> Tensor:
         return torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))
-
-    def _make_positions(self) -> Tensor:
-        starts = torch.repeat_interleave(torch.tensor(self.starts), torch.tensor(self.lengths))
-        return torch.arange(self.tokens) - starts
 
     def _keep(self, name: str, device: torch.device, make) -> Tensor:  # noqa: ANN001
         key = (name, device)

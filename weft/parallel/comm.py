@@ -1,9 +1,16 @@
-"""The communicator: one small interface, three back ends."""
+"""The communicator: one small interface, three back ends.
 
+Objects travel as JSON text, in every back end: nothing is ever unpickled, and what cannot travel between
+processes does not travel between threads either.
+"""
+
+import json
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from functools import reduce
+from typing import Any, Protocol, cast, runtime_checkable
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -20,7 +27,11 @@ class Comm(Protocol):
         ...
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """The plain Python value of every rank, in rank order, on every rank."""
+        """The JSON value of every rank, in rank order, on every rank; tuples come back as lists.
+
+        Raises:
+            TypeError: not a JSON value (a fault of the caller).
+        """
         ...
 
     def barrier(self) -> None:
@@ -28,7 +39,7 @@ class Comm(Protocol):
         ...
 
     def twin(self) -> "Comm":
-        """The same ranks apart from this communicator, for the use of another thread."""
+        """The same ranks apart from this communicator, for another thread; it carries host values only."""
         ...
 
 
@@ -44,7 +55,7 @@ class SingleComm:
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Only our own value."""
-        return [value]
+        return [json.loads(json.dumps(value))]
 
     def barrier(self) -> None:
         """Nobody to wait for."""
@@ -78,12 +89,11 @@ class ThreadComm:
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum in rank order, so that all ranks get the same bits."""
-        first, *rest = self._exchange.swap(self.rank, tensor.detach().clone())
-        return tensor.copy_(sum(rest, start=first))
+        return tensor.copy_(reduce(torch.add, self._exchange.swap(self.rank, tensor.detach().clone())))
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Values in rank order."""
-        return self._exchange.swap(self.rank, value)
+        return [json.loads(text) for text in self._exchange.swap(self.rank, json.dumps(value))]
 
     def barrier(self) -> None:
         """Wait for all threads."""
@@ -96,7 +106,11 @@ class ThreadComm:
 
 
 class C10dComm:
-    """Ranks of a torch.distributed process group (Gloo on CPU, NCCL on GPU); all ranks by default."""
+    """Ranks of a torch.distributed process group; all ranks by default.
+
+    Device tensors travel by the group's backend for the device (NCCL), host values always by Gloo: a group
+    that reduces CUDA tensors must have both (``cpu:gloo,cuda:nccl``).
+    """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group
@@ -108,18 +122,28 @@ class C10dComm:
         return tensor
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Values in rank order; only plain Python values of our own making travel here."""
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._group)
-        return values
+        """Values in rank order: lengths first, then the texts, filled up to the longest."""
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = [int(length) for length in self._gather(torch.tensor([len(text)]))]
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        padded[: len(text)] = text
+        texts = zip(self._gather(padded), lengths, strict=True)
+        return [json.loads(bytes(text[:length].tolist())) for text, length in texts]
+
+    def _gather(self, tensor: Tensor) -> list[Tensor]:
+        everyone = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(everyone, tensor, group=self._group)
+        return everyone
 
     def barrier(self) -> None:
-        """Wait for the group."""
-        dist.barrier(group=self._group)
+        """Wait for the hosts of the group; work queued on a GPU is not waited for."""
+        dist.all_reduce(torch.zeros(()), group=self._group)
 
     def twin(self) -> Comm:
-        """A process group of its own."""
-        return C10dComm(dist.new_group())
+        """A Gloo group of its own."""
+        ranks = dist.get_process_group_ranks(self._group)
+        group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        return C10dComm(cast(dist.ProcessGroup, group))  # a number only for ranks outside the group
 
 
 def run_threads(size: int, work: Callable[[Comm], Any], timeout: float = 60.0) -> list[Any]:

@@ -16,7 +16,7 @@ def connected(device: torch.device, timeout: float = 1800.0) -> Iterator[Comm]:
     """The communicator of this process: all of torchrun's ranks, or one rank without torchrun.
 
     Args:
-        device: CUDA ranks talk through NCCL, CPU ranks through Gloo.
+        device: CUDA tensors travel by NCCL, host values by Gloo.
         timeout: seconds a collective may take.
     """
     if world_size() == 1:
@@ -25,7 +25,8 @@ def connected(device: torch.device, timeout: float = 1800.0) -> Iterator[Comm]:
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(local_rank())
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
         yield C10dComm()
     finally:

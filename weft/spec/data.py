@@ -43,9 +43,7 @@ class DataConfig(Config):
     encoding_errors: Literal["error", "skip"] = setting(
         "error", "what to do with text that is not UTF-8; skipped documents are counted and shown"
     )
-    cache: str = setting(
-        "", "directory of tokenized corpora; empty is .cache in the run directory's parent"
-    )
+    cache: str = setting("", "directory of tokenized corpora; empty is .cache in the run directory's parent")
     seq_length: int = setting(512, "tokens per packed sequence", ge=2)
     valid_fraction: float = setting(
         0.02,

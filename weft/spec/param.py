@@ -2,7 +2,7 @@
 
 A dimension is a tuple of parts. Most have one part; fused projections have several
 (``in_proj`` rows are ``[z | x | B | C | dt]``). Each part names the axis it is made of, so that
-sharding a composite dimension shards every part by its own name (docs/design.md, "Nouns").
+sharding a composite dimension shards every part by its own name (see docs/design.md).
 """
 
 import math

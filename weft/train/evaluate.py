@@ -10,7 +10,8 @@ from weft.data.batch import Batch
 from weft.models.hybrid import HybridLM
 from weft.nn.context import Context
 from weft.parallel.comm import Comm
-from weft.train.objective import to_device
+from weft.parallel.together import on_every
+from weft.train.objective import check_tokens, to_device
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,23 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(model: HybridLM, batches: Iterable[Batch], comm: Comm, chunk: int) -> Evaluation:
-    """Mean next-token loss over the batches of all ranks; ``chunk`` tokens have logits at a time."""
+    """Mean next-token loss over the batches of all ranks; ``chunk`` tokens have logits at a time.
+
+    Raises:
+        DataError: on every rank, if the batches of one cannot be used.
+    """
     device = model.embed.weight.device
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for batch in batches:
-        tokens, future, mask, segments = to_device(batch, model.config.vocab_size, device)
-        hidden = model.hidden(tokens, Context(segments))
-        targets = future[0].masked_fill(~mask[0], -1)
-        sums[0] += model.head.loss(hidden, model.head.weight, targets, 1.0, chunk)
-        sums[1] += batch.targets[0]
-    nats, count = comm.all_reduce(sums).tolist()
+
+    def share() -> list[float]:
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        for batch in batches:
+            check_tokens(batch, model.config.vocab_size)
+            tokens, future, mask, segments = to_device(batch, device)
+            hidden = model.hidden(tokens, Context(segments))
+            targets = future[0].masked_fill(~mask[0], -1)
+            sums[0] += model.head.loss(hidden, model.head.weight, targets, 1.0, chunk)
+            sums[1] += batch.targets[0]
+        return sums.tolist()
+
+    nats, count = (sum(part) for part in zip(*on_every(comm, share), strict=True))
     return Evaluation(nats / max(1.0, count), int(count))

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -13,9 +14,10 @@ from weft.data.batch import Batch
 from weft.models.hybrid import HybridLM
 from weft.parallel.comm import Comm
 from weft.parallel.store import Store
+from weft.spec.count import mean_context, training_flops_per_token
 from weft.spec.run import RunConfig
 from weft.train.memory import peak_memory
-from weft.train.objective import PARTS, count, objective
+from weft.train.objective import PARTS, Totals, objective, take, who_read
 from weft.train.optimizer import Optimizer, RouterLoad
 from weft.train.schedule import learning_rate
 
@@ -33,6 +35,14 @@ class Samples(Protocol):
         ...
 
 
+class NotFinite(RunError):
+    """A loss or gradient that is not finite; ``row`` is the row of that step, for ``metrics.jsonl``."""
+
+    def __init__(self, message: str, row: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.row = row
+
+
 class Trainer:
     """Model, store, optimizer and data of one run on one rank."""
 
@@ -44,6 +54,8 @@ class Trainer:
         self.load = RouterLoad(model)
         self.samples = self.tokens = 0
         self.seconds = 0.0
+        self._read = 0  # tokens of the steps of this process, and the keys that they saw
+        self._keys = 0.0
 
     def batches(self, samples: int) -> list[Batch]:
         """This rank's microbatches of the global batch that starts after ``samples`` samples."""
@@ -55,61 +67,93 @@ class Trainer:
             for start in range(first, first + share, train.micro_batch_size)
         ]
 
-    def step(self, iteration: int, batches: Sequence[Batch]) -> dict[str, Any]:
+    @property
+    def flops_per_token(self) -> float:
+        """Arithmetic of a token, mean over the steps so far; of whole windows before the first one."""
+        context = self._keys / self._read if self._read else mean_context((self.config.data.seq_length,))
+        return training_flops_per_token(self.config.model, context)
+
+    def next_step(self, iteration: int, steps: Iterator[Iterable[Batch]]) -> dict[str, Any]:
+        """``step`` on the next item of ``steps``, waited for and counted as part of the step."""
+        return self.step(iteration, chain.from_iterable(islice(steps, 1)))
+
+    def step(self, iteration: int, batches: Iterable[Batch]) -> dict[str, Any]:
         """One optimizer step (``iteration`` counts from 1); the row for ``metrics.jsonl``.
 
+        What goes wrong with the data of one rank, also while ``batches`` is read, is one error on all ranks.
+
         Raises:
-            RunError: a loss or gradient that is not finite; nothing has been updated then.
-            DataError: every label masked, or a token id outside the vocabulary.
+            NotFinite: a loss or gradient that is not finite; nothing has been updated then.
+            DataError: every label masked, a token id outside the vocabulary, or data that cannot be read.
         """
         began = time.perf_counter()
         config = self.config
-        totals = count(batches, self.comm)
-        self.store.zero_grad()
-        entropies: dict[str, Tensor] = {}
-        parts = torch.zeros(len(PARTS), dtype=self.store.master_dtype, device=self.model.embed.weight.device)
-        for batch in batches:
-            loss, share, stats = objective(self.model, batch, totals, config.train.loss_chunk)
-            loss.backward()
-            parts += share
-            for key, router in stats.items():
-                self.load.add(key, router.counts)
-                entropies[key] = entropies.get(key, 0) + router.entropy / totals.tokens
+        taken, totals = take(batches, config.model.vocab_size, self.comm)
+        local, entropies = self._backward(taken, totals)
         self.store.reduce(self.comm)
-        self.comm.all_reduce(parts)
+        parts = self.comm.all_reduce(local.clone())
         norm = self.store.norm()
         values: dict[str, Any] = dict(zip(PARTS, parts.tolist(), strict=True))
         if entropies:
             spread = self.comm.all_reduce(torch.stack(list(entropies.values()))).tolist()
             values["router_entropy"] = dict(zip(entropies, spread, strict=True))
         row = {"step": iteration, "loss": self._total(values), **values, "grad_norm": norm.item()}
-        self._refuse_nan(row, batches)
-        self.optimizer.clip(norm)
         row["lr"] = learning_rate(iteration, config.optimizer, config.scheduler, config.train.train_iters)
+        self._refuse_nan(row, taken, local)
+        self.optimizer.clip(norm)
         self.optimizer.step(row["lr"])
         counts = self.load.finish(self.comm, config.model.router_bias_update_rate)
-        self.samples += config.train.global_batch_size
-        self.tokens += totals.targets[0]
+        return row | self._progress(totals, began) | _load_row(counts)
+
+    def _backward(self, batches: Sequence[Batch], totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gradients of this rank's microbatches; its PARTS, and the entropy of each router."""
+        self.store.zero_grad()
+        entropies: dict[str, Tensor] = {}
+        parts = torch.zeros(len(PARTS), dtype=self.store.master_dtype, device=self.model.embed.weight.device)
+        for batch in batches:
+            loss, share, stats = objective(self.model, batch, totals, self.config.train.loss_chunk)
+            loss.backward()
+            parts += share
+            for key, router in stats.items():
+                self.load.add(key, router.counts)
+                entropies[key] = entropies.get(key, 0) + router.entropy / totals.tokens
+        return parts, entropies
+
+    def _progress(self, totals: Totals, began: float) -> dict[str, Any]:
+        """Add the step to what has been done; the part of the row that tells it."""
+        device = self.model.embed.weight.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the step ends when its work has, not when it is queued
         seconds = time.perf_counter() - began
+        self.samples += self.config.train.global_batch_size
+        self.tokens += totals.targets[0]
         self.seconds += seconds
-        row |= {"tokens": self.tokens, "samples": self.samples, "seconds": self.seconds}
-        row |= {"tokens_per_second": totals.tokens / seconds, "memory_gib": peak_memory(parts.device)}
-        return row | _load_row(counts)
+        self._read += totals.tokens
+        self._keys += totals.tokens * totals.context
+        return {
+            "tokens": self.tokens,
+            "samples": self.samples,
+            "seconds": self.seconds,
+            "tokens_per_second": totals.tokens / seconds,
+            "flops_per_token": training_flops_per_token(self.config.model, totals.context),
+            "memory_gib": peak_memory(device),
+        }
 
     def _total(self, parts: dict[str, Any]) -> float:
         scale = self.config.model.mtp_loss_scale
         return parts["lm_loss"] + scale * parts["mtp_loss"] + parts["aux_loss"] + parts["z_loss"]
 
-    def _refuse_nan(self, row: dict[str, Any], batches: Sequence[Batch]) -> None:
+    def _refuse_nan(self, row: dict[str, Any], batches: Sequence[Batch], local: Tensor) -> None:
+        """Stop every rank; name the ranks whose own ``local`` PARTS are not finite, or all if none is so."""
         wrong = [name for name in (*PARTS, "grad_norm") if not math.isfinite(row[name])]
         if wrong:
-            samples = [s for batch in batches for s in batch.samples]
             found = ", ".join(f"{name} = {row[name]}" for name in wrong)
-            raise RunError(
-                f"step {row['step']}: {found} (rank {self.comm.rank} read samples {samples}). Nothing was "
-                "updated; the last checkpoint is intact. Lower optimizer.lr, lengthen "
-                "scheduler.lr_warmup_iters, or look at these samples"
+            culprits = who_read(batches, self.comm, not local.isfinite().all().item())
+            message = (
+                f"step {row['step']}: {found} ({culprits}). Nothing was updated; the last checkpoint is "
+                "intact. Lower optimizer.lr, lengthen scheduler.lr_warmup_iters, or look at these samples"
             )
+            raise NotFinite(message, row)
 
     def tensors(self, model_tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Everything a checkpoint holds, by name."""

@@ -11,7 +11,8 @@ aux_loss, z_loss       router losses as added to ``loss``
 grad_norm, lr          global gradient norm before clipping; learning rate
 tokens, samples        trained since step 0: target tokens; sequences
 seconds                seconds of training since step 0, evaluation and saving not counted
-tokens_per_second, mfu throughput of this step; model FLOPs utilization, 1 is the peak
+tokens_per_second, mfu throughput of this step, waiting for data included; model FLOPs utilization
+flops_per_token        arithmetic of a token, forward and backward, at the context lengths of this step
 memory_gib             largest memory of the process (CPU) or of the allocator (GPU) so far, GiB
 expert_load            ``{unit: [share of the routed tokens of each expert]}``, each list sums to 1
 expert_load_max        largest load over the mean load, worst MoE layer

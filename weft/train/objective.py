@@ -3,32 +3,66 @@
     loss = sum CE_0 / N_0 + (scale / D) * sum_k (sum CE_k / N_k) + (balance + z) / tokens
 
 N_k is the number of targets of depth k in the whole global batch, known before the forward pass,
-so microbatches and ranks only ever add (the design, law 3).
+so microbatches and ranks only ever add (docs/design.md, law 2).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from weft.config.errors import DataError
+from weft.config.errors import DataError, WeftError
 from weft.data.batch import Batch
 from weft.models.hybrid import HybridLM
 from weft.nn.context import RouterStats
 from weft.ops.segments import Segments
 from weft.parallel.comm import Comm
+from weft.parallel.together import on_every
+from weft.spec.count import mean_context
 
 PARTS = ("lm_loss", "mtp_loss", "aux_loss", "z_loss")
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Counts of the global batch: targets per depth (the next token first), and all tokens."""
+    """Counts of the global batch.
+
+    Attributes:
+        targets: targets per depth, the next token first.
+        tokens: all tokens.
+        context: mean keys seen by a token, itself included.
+    """
 
     targets: tuple[int, ...]
     tokens: int
+    context: float
+
+
+def take(batches: Iterable[Batch], vocab: int, comm: Comm) -> tuple[list[Batch], Totals]:
+    """Read this rank's microbatches of a step, check them, count those of all ranks; a collective call.
+
+    Raises:
+        DataError: on every rank, naming rank and samples: ``batches`` failed or was empty, a token id is
+            not below ``vocab``, or every label of the global batch is masked.
+    """
+    taken: list[Batch] = []
+
+    def read() -> list[Batch]:
+        try:
+            taken.extend(batches)
+        except WeftError:
+            raise
+        except Exception as error:
+            raise DataError(f"reading the data failed: {error!r}") from error
+        if not taken:
+            raise DataError("the data has ended before the last step; lower train.train_iters")
+        for batch in taken:
+            check_tokens(batch, vocab)
+        return taken
+
+    return taken, _count(on_every(comm, lambda: _counts(read())), taken, comm)
 
 
 def count(batches: Sequence[Batch], comm: Comm) -> Totals:
@@ -37,30 +71,54 @@ def count(batches: Sequence[Batch], comm: Comm) -> Totals:
     Raises:
         DataError: no target is left in the global batch (every label is masked).
     """
-    mine = [np.array([*batch.targets, len(batch.tokens)]) for batch in batches]
-    everyone = np.sum(comm.gather_objects(np.sum(mine, axis=0).tolist()), axis=0).tolist()
-    if everyone[0] == 0:
-        samples = ", ".join(str(s) for batch in batches for s in batch.samples)
+    return _count(on_every(comm, lambda: _counts(batches)), batches, comm)
+
+
+def _counts(batches: Sequence[Batch]) -> tuple[list[int], int, float]:
+    """Targets per depth, tokens, and the keys that all tokens together see."""
+    targets = [sum(depth) for depth in zip(*(batch.targets for batch in batches), strict=True)]
+    tokens = sum(len(batch.tokens) for batch in batches)
+    return targets, tokens, tokens * mean_context(tuple(n for batch in batches for n in batch.lengths))
+
+
+def _count(everyone: Sequence[Sequence[Any]], mine: Sequence[Batch], comm: Comm) -> Totals:
+    targets, tokens, keys = zip(*everyone, strict=True)
+    depths = tuple(sum(depth) for depth in zip(*targets, strict=True))
+    totals = Totals(depths, sum(tokens), sum(keys) / sum(tokens))
+    if totals.targets[0] == 0:
         raise DataError(
-            f"all {everyone[-1]} labels of the global batch are masked (samples {samples}): nothing to learn "
-            "from; check the loss mask of the data"
+            f"all {totals.tokens} labels of the global batch are masked ({who_read(mine, comm)}): nothing to "
+            "learn from; check the loss mask of the data"
         )
-    return Totals(tuple(everyone[:-1]), everyone[-1])
+    return totals
 
 
-def to_device(batch: Batch, vocab: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Segments]:
-    """Tokens, future, mask and segments as tensors.
+def who_read(batches: Sequence[Batch], comm: Comm, mine: bool = True) -> str:
+    """The samples of the ranks that say ``mine``, or of all ranks if none does; a collective call."""
+    samples = [sample for batch in batches for sample in batch.samples]
+    everyone = list(enumerate(comm.gather_objects((mine, samples))))
+    chosen = [(rank, samples) for rank, (named, samples) in everyone if named]
+    chosen = chosen or [(rank, samples) for rank, (_, samples) in everyone]
+    return "; ".join(f"rank {rank} read samples {samples}" for rank, samples in chosen)
+
+
+def check_tokens(batch: Batch, vocab: int) -> None:
+    """Refuse token ids that the model's vocabulary does not have.
 
     Raises:
-        DataError: a token id that the model's vocabulary does not have.
+        DataError: naming the id and the samples.
     """
-    largest = max(int(batch.tokens.max()), int(batch.future.max()))
-    if largest >= vocab or int(batch.tokens.min()) < 0:
-        wrong = largest if largest >= vocab else int(batch.tokens.min())
+    largest, least = max(int(batch.tokens.max()), int(batch.future.max())), int(batch.tokens.min())
+    if largest >= vocab or least < 0:
+        wrong = largest if largest >= vocab else least
         raise DataError(
             f"token id {wrong} (samples {list(batch.samples)}) is outside the model's vocabulary of {vocab}; "
             "use the tokenizer of this model or raise model.vocab_size"
         )
+
+
+def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Segments]:
+    """Tokens, future, mask and segments as tensors."""
     arrays = (batch.tokens, batch.future, batch.mask)
     tokens, future, mask = (torch.from_numpy(a).to(device, non_blocking=True) for a in arrays)
     return tokens, future, mask, Segments(batch.lengths)
@@ -70,8 +128,7 @@ def objective(
     model: HybridLM, batch: Batch, totals: Totals, chunk: int
 ) -> tuple[Tensor, Tensor, dict[str, RouterStats]]:
     """One microbatch's share of the loss, its PARTS (detached), and router statistics."""
-    device = model.embed.weight.device
-    tokens, future, mask, segments = to_device(batch, model.config.vocab_size, device)
+    tokens, future, mask, segments = to_device(batch, model.embed.weight.device)
     scales = [1.0 / max(1, n) for n in totals.targets]
     losses = model.losses(tokens, future, mask, segments, scales, chunk)
     stats = losses.stats.values()

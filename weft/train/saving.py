@@ -84,7 +84,7 @@ class Saving:
         if meta.get("precision", precision) != precision:
             raise CheckpointError(
                 f"{place} was trained in {meta['precision']}, this run asks for {precision}; set "
-                f"train.precision={meta['precision']}, or export and import it to go on from its weights alone"
+                f"train.precision={meta['precision']}, or export and import it to keep its weights alone"
             )
 
     def position(self) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention inside documents (Vaswani et al. 2017; Ainslie et al. 2023, arXiv 2305.13245)."""
+"""Causal grouped-query attention inside documents (arXiv 1706.03762; grouped: arXiv 2305.13245)."""
 
 from collections.abc import Sequence
 

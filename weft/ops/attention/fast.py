@@ -1,4 +1,4 @@
-"""Attention through ``scaled_dot_product_attention``, batched over runs of equally long documents."""
+"""Attention in blocks on CPUs, else ``scaled_dot_product_attention`` over runs of equally long documents."""
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from weft.ops.attention.blocked import attend_in_blocks
 from weft.ops.segments import Segments
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
     """``[batch, heads, new, dim]`` over ``[batch, kv_heads, all, dim]``."""
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, is_causal=causal, enable_gqa=grouped)
@@ -18,6 +21,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = N
 
 def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
     """See ``weft.ops.attention.attend``."""
+    if q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64):
+        return attend_in_blocks(q, k, v, segments, scale)
     out, start = [], 0
     for length, run in groupby(segments.lengths):
         count = len(list(run))

@@ -9,7 +9,7 @@ from weft.ops.segments import Segments
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Queries are the last ``len(q)`` tokens of ``k``: ``[new, heads, dim]`` over ``[all, kv_heads, dim]``."""
+    """Queries are the last ``len(q)`` of ``k``: ``[new, heads, dim]`` over ``[all, kv_heads, dim]``."""
     repeat = q.shape[1] // k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     k, v = k.repeat_interleave(repeat, dim=1).to(wide), v.repeat_interleave(repeat, dim=1).to(wide)

@@ -41,5 +41,5 @@ def conv_step(
     weight: Float[Tensor, "channels taps"],
     bias: Float[Tensor, " channels"],
 ) -> Float[Tensor, "seqs channels"]:
-    """``causal_conv`` of one token per sequence; ``state`` (the last ``taps - 1`` inputs) moves on in place."""
+    """``causal_conv`` of one token per sequence; ``state`` (the last inputs) moves on in place."""
     return pick("conv", STEP_BACKENDS)(state, x, weight, bias)

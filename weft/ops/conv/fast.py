@@ -4,7 +4,7 @@ Only inputs are kept: the backward pass makes the values before the SiLU again, 
 """
 
 from collections.abc import Iterator
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from weft.ops.blocks import block_rows, blocks
 from weft.ops.segments import Segments
 
 BLOCK_NUMBERS = 2**19  # of x: a few such arrays fit the caches
-Parts = tuple[Tensor, Tensor | None]  # a block's inputs and those before its segments, as [segments, rows, channels]
+# A block's inputs, and those before its segments if any: [segments, rows, channels].
+Parts = tuple[Tensor, ...]
 
 
 class _Block(NamedTuple):
@@ -31,7 +33,7 @@ class _Block(NamedTuple):
         return x[self.tokens].unflatten(0, (self.segments.stop - self.segments.start, -1))
 
     def reach(self, taps: int, before: bool) -> Iterator[tuple[int, int, slice, slice]]:
-        """(tap, 0 for x or 1 for the inputs before, rows of the block, rows that this tap multiplies for them)."""
+        """(tap, 0 for x or 1 for the inputs before, rows of the block, rows that this tap multiplies)."""
         for shift in range(taps):
             tap, first = taps - 1 - shift, max(shift - self.start, 0)
             if first < self.stop - self.start:
@@ -42,9 +44,10 @@ class _Block(NamedTuple):
                 yield tap, 1, slice(0, count), slice(tap, tap + count)
 
 
-def _blocks(segments: Segments, taps: int, channels: int) -> Iterator[_Block]:
+def _blocks(segments: Segments, x: Tensor, taps: int) -> Iterator[_Block]:
     """Blocks of about ``BLOCK_NUMBERS`` numbers, in order."""
-    rows = max(BLOCK_NUMBERS // channels, 2 * taps)  # a block reaches back into one block at most
+    # No block is shorter than the taps, so that it reaches back into one other at most.
+    rows = max(block_rows(x.device, x.shape[1], BLOCK_NUMBERS), 2 * taps)
     first = token = 0
     for length, alike in groupby(segments.lengths):
         count = len(list(alike))
@@ -52,10 +55,8 @@ def _blocks(segments: Segments, taps: int, channels: int) -> Iterator[_Block]:
         for at in range(0, count if length else 0, step):
             own = min(step, count - at)
             tokens = slice(token + at * length, token + (at + own) * length)
-            parts = -(-length // rows)
-            cuts = [length * part // parts for part in range(parts + 1)]
-            for start, stop in pairwise(cuts):
-                yield _Block(tokens, slice(first + at, first + at + own), start, stop)
+            for part in blocks(length, rows):
+                yield _Block(tokens, slice(first + at, first + at + own), part.start, part.stop)
         first, token = first + count, token + count * length
 
 
@@ -63,10 +64,14 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def _parts(block: _Block, x: Tensor, before: Tensor | None) -> Parts:
+    return (block.split(x),) if before is None else (block.split(x), before[block.segments])
+
+
 def _before_silu(block: _Block, parts: Parts, taps: Tensor, bias: Tensor) -> Tensor:
     """``bias + conv``: ``[segments, rows, channels]``; ``taps`` is ``[taps, channels]``."""
     out = torch.addcmul(bias, _wide(parts[0][:, block.start : block.stop]), taps[-1])
-    for tap, part, own, reached in block.reach(len(taps), parts[1] is not None):
+    for tap, part, own, reached in block.reach(len(taps), len(parts) > 1):
         if tap < len(taps) - 1:
             out[:, own].addcmul_(_wide(parts[part][:, reached]), taps[tap])
     return out
@@ -79,8 +84,8 @@ class _Conv(torch.autograd.Function):
     ) -> Tensor:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         taps, wide_bias = _wide(weight).t().contiguous(), _wide(bias)
-        for block in _blocks(segments, *weight.shape[::-1]):
-            parts = block.split(x), None if before is None else before[block.segments]
+        for block in _blocks(segments, x, len(taps)):
+            parts = _parts(block, x, before)
             y = _before_silu(block, parts, taps, wide_bias)
             block.split(out)[:, block.start : block.stop] = torch.ops.aten.silu_(y)
         ctx.segments = segments
@@ -95,9 +100,9 @@ class _Conv(torch.autograd.Function):
         grad_taps, grad_bias = torch.zeros_like(taps), torch.zeros_like(wide_bias)
         grad_x = torch.empty(x.shape, dtype=taps.dtype, device=x.device)
         grad_before = None if before is None else torch.zeros_like(before, dtype=taps.dtype)
-        for block in _blocks(ctx.segments, *weight.shape[::-1]):
-            parts = block.split(x), None if before is None else before[block.segments]
-            grads = block.split(grad_x), None if grad_before is None else grad_before[block.segments]
+        for block in _blocks(ctx.segments, x, len(taps)):
+            parts = _parts(block, x, before)
+            grads = _parts(block, grad_x, grad_before)
             y = _before_silu(block, parts, taps, wide_bias)
             own_grad = _wide(block.split(grad)[:, block.start : block.stop])
             grad_y = torch.ops.aten.silu_backward(own_grad, y)
@@ -107,8 +112,11 @@ class _Conv(torch.autograd.Function):
                 grad_taps[tap] += (grad_y[:, own] * _wide(parts[part][:, reached])).sum((0, 1))
                 if tap < len(taps) - 1:
                     grads[part][:, reached].addcmul_(grad_y[:, own], taps[tap])
-        grads = grad_x, grad_taps.t(), grad_bias, grad_before
-        return *(None if g is None else g.to(t.dtype) for g, t in zip(grads, (x, weight, bias, before), strict=True)), None
+        made: tuple[Tensor | None, ...] = grad_x, grad_taps.t(), grad_bias, grad_before
+        return *(
+            None if g is None or t is None else g.to(t.dtype)
+            for g, t in zip(made, (x, weight, bias, before), strict=True)
+        ), None
 
 
 def causal_conv(
@@ -127,7 +135,9 @@ def _final(x: Tensor, tail: int, segments: Segments, initial: Tensor | None) -> 
         held = min(tail, length)
         own = x[start + length - held : start + length].t()
         if held < tail:
-            older = x.new_zeros(x.shape[1], tail - held) if initial is None else initial[s][:, held:].to(x.dtype)
+            older = (
+                x.new_zeros(x.shape[1], tail - held) if initial is None else initial[s][:, held:].to(x.dtype)
+            )
             own = torch.cat([older, own], dim=1)
         final.append(own)
     return torch.stack(final)

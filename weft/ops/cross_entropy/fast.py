@@ -28,7 +28,9 @@ def _softmax_(logits: Tensor, target: Tensor) -> Tensor:
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, scale: float
+    ) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         wide = _wide(weight)
         grad_hidden = hidden.new_empty(hidden.shape) if need_hidden else None
@@ -51,7 +53,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads = (None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
         return *grads, None, None, None
 

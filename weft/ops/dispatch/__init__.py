@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def _to_rows(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
@@ -12,7 +13,7 @@ def _to_rows(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
 
 
 def _to_tokens(rows: Tensor, back: Tensor) -> Tensor:
-    return rows.index_select(0, back.flatten()).view(*back.shape, rows.shape[1]).sum(1)
+    return F.embedding_bag(back, rows, mode="sum")  # adds in slot order, without a copy of all rows
 
 
 class _Spread(torch.autograd.Function):

@@ -19,10 +19,12 @@ FEW = 64  # tokens; beyond it the gain is small
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """See ``weft.ops.linear.linear``."""
     tokens = x.shape[0]
-    if tokens > FEW or tokens == 0 or torch.is_grad_enabled() or not x.device.type == "cpu":
+    if tokens > FEW or tokens == 0 or torch.is_grad_enabled() or x.device.type != "cpu":
         return F.linear(x, weight)
     rows = weight.shape[0]
     if tokens > 1 or rows % 2:
         return torch.mm(weight, x.t()).t()
-    halves = weight.view(2, rows // 2, -1)  # a batch of two is what BLAS spreads over memory channels and cores
+    halves = weight.view(
+        2, rows // 2, -1
+    )  # a batch of two is what BLAS spreads over memory channels and cores
     return torch.bmm(halves, x.t().expand(2, -1, 1)).view(1, rows)

@@ -1,31 +1,53 @@
-"""Squared-ReLU MLP that keeps one inner activation instead of three."""
+"""Squared-ReLU MLP that keeps one inner activation instead of three, over blocks of rows in the cache."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
+from weft.ops.blocks import block_rows, blocks
 from weft.ops.linear.fast import linear
+
+BLOCK_NUMBERS = 2**19  # of the inner activation
+
+
+def _blocks(x: Tensor, inner: int) -> Iterator[slice]:
+    """Blocks of rows; one in low precision, where only one product adds up the weights' gradients in fp32."""
+    exact = x.dtype in (torch.float32, torch.float64)
+    return blocks(len(x), block_rows(x.device, inner, BLOCK_NUMBERS) if exact else max(1, len(x)))
 
 
 class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        inner = F.linear(x, up).relu_()
+        inner, y = x.new_empty(len(x), len(up)), x.new_empty(len(x), len(down))
+        for rows in _blocks(x, len(up)):
+            own = torch.mm(x[rows], up.t(), out=inner[rows]).relu_()
+            torch.mm(own.square(), down.t(), out=y[rows])
         ctx.save_for_backward(x, up, down, inner)
-        return F.linear(inner.square(), down)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, up, down, inner = ctx.saved_tensors
-        need_x, need_up, need_down = ctx.needs_input_grad
-        grad_down = grad.t() @ inner.square() if need_down else None
-        grad_inner = (grad @ down).mul_(inner).mul_(2)
-        grad_up = grad_inner.t() @ x if need_up else None
-        return grad_inner @ up if need_x else None, grad_up, grad_down
+        grads = [
+            torch.zeros_like(t) if need else None
+            for t, need in zip((x, up, down), ctx.needs_input_grad, strict=True)
+        ]
+        grad_x, grad_up, grad_down = grads
+        for rows in _blocks(x, len(up)):
+            own, own_grad, scratch = inner[rows], grad[rows], inner[rows].square()
+            if grad_down is not None:
+                grad_down.addmm_(own_grad.t(), scratch)
+            torch.mm(own_grad, down, out=scratch).mul_(own).mul_(2)
+            if grad_up is not None:
+                grad_up.addmm_(scratch.t(), x[rows])
+            if grad_x is not None:
+                torch.mm(scratch, up, out=grad_x[rows])
+        return grad_x, grad_up, grad_down
 
 
 def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from weft.ops.blocks import block_rows, blocks
+
 BLOCK_NUMBERS = 2**18
 
 
@@ -18,9 +20,8 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _blocks(rows: int, width: int) -> Iterator[slice]:
-    step = max(1, BLOCK_NUMBERS // width)
-    return (slice(at, at + step) for at in range(0, rows, step))
+def _blocks(x: Tensor) -> Iterator[slice]:
+    return blocks(len(x), block_rows(x.device, x.shape[1], BLOCK_NUMBERS))
 
 
 def _rstd(grouped: Tensor, eps: float) -> Tensor:
@@ -35,7 +36,9 @@ def _normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (wide * rstd).mul_(weight).to(x.dtype), rstd
 
 
-def _gate_and_normalize(y: Tensor, z: Tensor, weight: Tensor, group: int, eps: float) -> tuple[Tensor, Tensor]:
+def _gate_and_normalize(
+    y: Tensor, z: Tensor, weight: Tensor, group: int, eps: float
+) -> tuple[Tensor, Tensor]:
     gated = F.silu(_wide(z)).mul_(y).unflatten(-1, (-1, group))
     rstd = _rstd(gated, eps)
     return gated.mul_(rstd).flatten(-2).mul_(weight).to(y.dtype), rstd
@@ -54,7 +57,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         grad_x, grad_weight = x.new_empty(x.shape), torch.zeros_like(weight, dtype=rstd.dtype)
         wide_weight = weight.to(rstd.dtype)
-        for rows in _blocks(*x.shape):
+        for rows in _blocks(x):
             own, own_grad, scale = _wide(x[rows]), _wide(grad[rows]), rstd[rows]
             # x_hat = x * scale; dx = scale * (w grad - x_hat * mean(w grad x_hat))
             product = own_grad * own
@@ -69,7 +72,7 @@ class _GatedGroupNorm(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, z: Tensor, weight: Tensor, group: int, eps: float) -> Tensor:
         rstd = _wide(y.new_empty(len(y), y.shape[1] // group, 1))
         out = y.new_empty(y.shape)
-        for rows in _blocks(*y.shape):
+        for rows in _blocks(y):
             out[rows], rstd[rows] = _gate_and_normalize(y[rows], z[rows], weight, group, eps)
         ctx.save_for_backward(y, z, weight, rstd)
         return out
@@ -81,7 +84,7 @@ class _GatedGroupNorm(torch.autograd.Function):
         grad_y, grad_z = y.new_empty(y.shape), z.new_empty(z.shape)
         grad_weight, wide_weight = torch.zeros_like(weight, dtype=rstd.dtype), weight.to(rstd.dtype)
         groups = (rstd.shape[1], -1)
-        for rows in _blocks(*y.shape):
+        for rows in _blocks(y):
             own_y, own_z, own_grad = (_wide(t[rows]) for t in (y, z, grad))
             silu, scale = F.silu(own_z), rstd[rows]
             normalized = (silu * own_y).unflatten(1, groups).mul_(scale)

@@ -1,4 +1,4 @@
-"""Sigmoid routing with correction bias and group limit, and its losses (DeepSeek-V3, arXiv 2412.19437, 2.1.2)."""
+"""Sigmoid routing with correction bias and group limit, and its losses (arXiv 2412.19437, 2.1.2)."""
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -41,7 +41,10 @@ def route(
 
 
 def document_balance(
-    scores: Float[Tensor, "tokens experts"], experts: Int[Tensor, "tokens top_k"], segments: Segments, coef: float
+    scores: Float[Tensor, "tokens experts"],
+    experts: Int[Tensor, "tokens top_k"],
+    segments: Segments,
+    coef: float,
 ) -> Float[Tensor, ""]:
     """Sum over documents of (tokens of the document) times its balance loss, DeepSeek-V3 eq. 17 to 20.
 

@@ -12,7 +12,9 @@ def choose(ranking: Tensor, top_k: int, limits: tuple[int, int] | None) -> Tenso
     if limits:
         groups, top_groups = limits
         by_group = ranking.unflatten(-1, (groups, -1))
-        best = by_group.topk(min(2, by_group.shape[-1]), dim=-1).values.sum(-1).topk(top_groups, dim=-1).indices
+        best = (
+            by_group.topk(min(2, by_group.shape[-1]), dim=-1).values.sum(-1).topk(top_groups, dim=-1).indices
+        )
         allowed = torch.zeros_like(by_group[..., 0], dtype=torch.bool).scatter_(1, best, True)
         ranking = by_group.masked_fill(~allowed.unsqueeze(-1), float("-inf")).flatten(-2)
     return ranking.topk(top_k, dim=-1).indices

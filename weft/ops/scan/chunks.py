@@ -29,7 +29,7 @@ class Block:
     place: Tensor | None
 
     def cut(self, own: Tensor, dtype: torch.dtype) -> Tensor:
-        """The block's ``[tokens, ...]`` to ``[segments * chunks, size, ...]`` of ``dtype``; padding is zero."""
+        """The block's ``[tokens, ...]`` to ``[segments * chunks, size, ...]``; padding is zero."""
         own = own.to(dtype)
         if self.place is not None:
             places = (self.segments.stop - self.segments.start) * self.chunks * self.size
@@ -84,7 +84,9 @@ def _whole(first: int, start: int, lengths: list[int], chunks: int, size: int, d
     return Block(owned, chunks, size, slice(start, start + sum(lengths)), place)
 
 
-def _split(segment: int, start: int, length: int, size: int, most: int, device: torch.device) -> Iterator[Block]:
+def _split(
+    segment: int, start: int, length: int, size: int, most: int, device: torch.device
+) -> Iterator[Block]:
     """Parts of one long segment, ``most`` chunks at a time."""
     step = most * size
     for at in range(0, length, step):
