@@ -226,16 +226,15 @@ def test_arithmetic_follows_the_packed_documents() -> None:
 
 
 def test_a_step_lasts_from_the_wait_for_data() -> None:
-    began = time.perf_counter()
-
     def slow() -> Iterator[list[Batch]]:
-        while time.perf_counter() < began + 0.2:
+        until = time.perf_counter() + 0.1
+        while time.perf_counter() < until:
             pass
         yield [batch((8,))]
 
     one = trainer(SingleComm())
     row = one.next_step(1, slow())
-    assert row["seconds"] >= time.perf_counter() - began - 0.05 > 0.1
+    assert row["seconds"] > 0.1
     assert row["tokens_per_second"] == pytest.approx(8 / row["seconds"], rel=1e-9)
 
 

@@ -26,12 +26,12 @@ from weft.ops.memory import keep_freed_memory
 from weft.parallel.comm import Comm
 from weft.parallel.launch import connected
 from weft.parallel.together import on_chief
-from weft.spec.count import count, mean_context, training_flops_per_token
+from weft.spec.count import count
 from weft.spec.run import RunConfig
 from weft.train.environment import environment
 from weft.train.evaluate import evaluate
 from weft.train.flops import measure_peak, utilization
-from weft.train.loop import Trainer
+from weft.train.loop import NotFinite, Trainer
 from weft.train.metrics import Metrics, replace_text, write_json
 from weft.train.progress import Progress, show_summary
 from weft.train.report import write_report
@@ -148,15 +148,13 @@ class Run:
             if self.chief:
                 show_summary(json.loads((self.dir / "summary.json").read_text(encoding="utf-8")))
             return self.dir
-        config = self.config
-        flops = training_flops_per_token(config.model, mean_context((config.data.seq_length,)))
         try:
             with self._followers() as follow, closing(prefetch(self._steps())) as batches:
-                done = self._loop(batches, follow, flops)
+                done = self._loop(batches, follow)
             self.saving.save(done, self.trainer, final=True)
         finally:
             self.saving.close()
-        return self._finish(flops)
+        return self._finish()
 
     @contextmanager
     def _followers(self) -> Iterator[Callable[[dict[str, Any]], None]]:
@@ -174,19 +172,23 @@ class Run:
 
             yield follow
 
-    def _loop(
-        self, batches: Iterator[list[Batch]], follow: Callable[[dict[str, Any]], None], flops: float
-    ) -> int:
+    def _loop(self, batches: Iterator[list[Batch]], follow: Callable[[dict[str, Any]], None]) -> int:
         """All steps that are left; the number of the last one."""
         iteration, began = self.first, time.perf_counter()
         self._measure_peak()
-        for iteration, share in enumerate(batches, self.first + 1):
-            row = self.trainer.step(iteration, share)
+        while iteration < self.config.train.train_iters and not self._out_of_time(began):
+            iteration += 1
+            try:
+                row = self.trainer.next_step(iteration, batches)
+            except NotFinite as error:
+                follow(error.row)
+                if self.chief:
+                    write_report(self.dir)
+                raise
+            flops = row.pop("flops_per_token")
             row["mfu"] = utilization(row["tokens_per_second"], flops, self.peak * self.comm.size)
             self._between(iteration, row)
             follow(row)
-            if self._out_of_time(began):
-                break
         return iteration
 
     def _steps(self) -> Iterator[list[Batch]]:
@@ -233,22 +235,22 @@ class Run:
         limit = self.config.train.exit_duration_in_mins * 60
         return bool(limit) and any(self.comm.gather_objects(time.perf_counter() - began > limit))
 
-    def _finish(self, flops: float) -> Path:
+    def _finish(self) -> Path:
         valid = self._evaluate() if "valid" in self.corpus.splits else {}
-        on_chief(self.comm, lambda: self._close(flops, valid))
+        on_chief(self.comm, lambda: self._close(valid))
         return self.dir
 
-    def _close(self, flops: float, valid: dict[str, Any]) -> None:
+    def _close(self, valid: dict[str, Any]) -> None:
         """Summary and report first, so that an export that fails loses neither."""
         exports = self.config.checkpoint.save and not unpublishable(self.config.model)
-        summary = self._summary(flops, valid, exports)
+        summary = self._summary(valid, exports)
         write_json(self.dir / "summary.json", summary)
         write_report(self.dir)
         show_summary(summary)
         if exports:
             export_hf(self.dir, self.dir / "export")
 
-    def _summary(self, flops: float, valid: dict[str, Any], exports: bool) -> dict[str, Any]:
+    def _summary(self, valid: dict[str, Any], exports: bool) -> dict[str, Any]:
         config, split = self.config, self.corpus.splits.get("valid")
         counts = count(config.model)
         paths = {"report": self.dir / "report.html"}
@@ -260,7 +262,7 @@ class Run:
             "name": config.run.name,
             "params": counts.total,
             "active_params": counts.active,
-            "flops_per_token": flops,
+            "flops_per_token": self.trainer.flops_per_token,
             "tokens": self.trainer.tokens,
             "seconds": self.trainer.seconds,
             "sample": sample(self.trainer.model, self.corpus.tokenizer, config),
