@@ -25,7 +25,7 @@ from weft.models.hf_hybrid import unpublishable
 from weft.ops.memory import keep_freed_memory
 from weft.parallel.comm import Comm
 from weft.parallel.launch import connected
-from weft.parallel.together import on_chief
+from weft.parallel.together import on_chief, on_every
 from weft.spec.count import count
 from weft.spec.run import RunConfig
 from weft.train.environment import environment
@@ -116,7 +116,8 @@ class Run:
         build = partial(build_corpus, data, self.config.model.vocab_size, self.config.cache)
         built: list[Corpus] = []
         on_chief(self.comm, lambda: built.append(build(_say)))
-        return built[0] if built else build()
+        on_every(self.comm, lambda: None if built else built.append(build()))
+        return built[0]
 
     def _tell(self, changes: list[str]) -> None:
         source, last = self.saving.source, self.config.train.train_iters
@@ -185,8 +186,8 @@ class Run:
                 if self.chief:
                     write_report(self.dir)
                 raise
-            flops = row.pop("flops_per_token")
-            row["mfu"] = utilization(row["tokens_per_second"], flops, self.peak * self.comm.size)
+            peak = self.peak * self.comm.size
+            row["mfu"] = utilization(row["tokens_per_second"], row["flops_per_token"], peak)
             self._between(iteration, row)
             follow(row)
         return iteration
