@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -21,12 +22,14 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from weft.build.model import assemble
 from weft.infer.generate import Sampling, generate
+from weft.ops.linear import linear
 from weft.ops.memory import keep_freed_memory
 from weft.ops.segments import Segments
 from weft.parallel.store import Store
 from weft.spec.count import count, training_flops_per_token
 from weft.spec.hybrid import HybridConfig
 from weft.spec.run import OptimizerConfig
+from weft.train.environment import environment
 from weft.train.flops import measure_peak
 from weft.train.optimizer import Optimizer
 
@@ -193,15 +196,24 @@ def training(rounds: int, peak: float) -> list[dict]:
 
 
 def reading_speed() -> float:
-    """Bytes per second at which a weight that no cache holds is read for one token."""
-    weight, token = torch.randn(2, 2**16, 256), torch.randn(2, 256, 1)  # 128 MiB
-    torch.bmm(weight, token)
-    return weight.nbytes / min(timed(lambda: void(torch.bmm(weight, token))) for _ in range(5))
+    """Bytes per second at which weights that no cache holds are read for one token."""
+    weights = [torch.randn(8192, 256) for _ in range(16)]  # 128 MiB in matrices like the head's
+    token = torch.randn(1, 256)
+
+    @torch.inference_mode()
+    def read() -> None:
+        for weight in weights:
+            linear(token, weight)
+
+    read()
+    return sum(weight.nbytes for weight in weights) / min(timed(read) for _ in range(5))
 
 
 def decoding(rounds: int) -> list[dict]:
     """Decode tokens per second: the time of 64 more tokens, prefill not counted."""
-    rows, limit = [], reading_speed() / (4 * count(CONFIG).active)
+    rows = []
+    read = count(CONFIG).active - CONFIG.vocab_size * CONFIG.hidden_size  # all but the token table
+    limit = reading_speed() / (4 * read)
     for batch in (1, 8):
         models = {name: peer(name, 64).eval() for name in ("eager", "grouped_mm")}
         fastest = min(models, key=lambda n: min(timed(peer_decode(models[n], batch, 16)) for _ in range(3)))

@@ -33,8 +33,8 @@ from weft.ops.scan import ssd, ssd_step
 from weft.ops.segments import Segments
 
 TOKENS, WIDTH, VOCAB = 4096, 256, 8192
-HEADS, DIM, GROUPS, STATE, TAPS, CHUNK = 8, 64, 8, 128, 4, 64
-EXPERTS, TOP_K, LATENT, INNER = 32, 4, 128, 256
+HEADS, DIM, GROUPS, STATE, TAPS, CHUNK = 8, 64, 1, 128, 4, 64
+EXPERTS, TOP_K, LATENT, INNER = 32, 4, 128, 168
 CHANNELS = HEADS * DIM + 2 * GROUPS * STATE
 FLOAT = 4  # bytes
 
@@ -128,7 +128,7 @@ def width_cases() -> Iterator[Case]:
         4 * t * WIDTH,
         2 * t * WIDTH,
     )
-    gated = partial(_gated, 64)
+    gated = partial(_gated, inner // GROUPS)
     yield Case("gated_norm", "norm", gated, (rand(t, inner), z, rand(inner)), 8 * t * inner, 3 * t * inner)
     weights = (rand(1024, WIDTH), rand(WIDTH, 1024))
     numbers = t * 2 * WIDTH + 2 * WIDTH * 1024
