@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from weft.ops.experts import expert_mlp
 from weft.ops.memory import keep_freed_memory
 from weft.ops.mlp import mlp
 from weft.ops.norm import gated_group_norm, rms_norm
-from weft.ops.router import document_balance, route
+from weft.ops.router import choice_frequency, count_choices, document_balance, route
 from weft.ops.scan import ssd, ssd_step
 from weft.ops.segments import Segments
 
@@ -48,7 +49,7 @@ class Case:
 
     name: str
     op: str
-    call: Callable[..., object]
+    call: Callable[..., Any]
     inputs: tuple[Tensor, ...]
     flops: float
     numbers: float
@@ -94,12 +95,13 @@ def mamba_cases(length: int) -> Iterator[Case]:
     )
 
 
-def _scan(segments: Segments, *t: Tensor) -> object:
-    return ssd(*t, segments, CHUNK)
+def _scan(segments: Segments, *t: Tensor) -> Any:
+    x, dt, A, B, C, D = t
+    return ssd(x, dt, A, B, C, D, segments, CHUNK)
 
 
-def _conv(segments: Segments, *t: Tensor) -> object:
-    return causal_conv(*t, segments)
+def _conv(segments: Segments, x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+    return causal_conv(x, weight, bias, segments)
 
 
 def attention_cases(length: int) -> Iterator[Case]:
@@ -112,8 +114,8 @@ def attention_cases(length: int) -> Iterator[Case]:
     )
 
 
-def _attend(segments: Segments, *t: Tensor) -> object:
-    return attend(*t, segments, 32**-0.5)
+def _attend(segments: Segments, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    return attend(q, k, v, segments, 32**-0.5)
 
 
 def width_cases() -> Iterator[Case]:
@@ -146,11 +148,11 @@ def width_cases() -> Iterator[Case]:
     )
 
 
-def _gated(group: int, y: Tensor, z: Tensor, weight: Tensor) -> object:
+def _gated(group: int, y: Tensor, z: Tensor, weight: Tensor) -> Any:
     return gated_group_norm(y, z, weight, group, 1e-5)
 
 
-def _loss(targets: Tensor, hidden: Tensor, weight: Tensor) -> object:
+def _loss(targets: Tensor, hidden: Tensor, weight: Tensor) -> Any:
     return linear_cross_entropy(hidden, weight, targets, 1024, 1 / TOKENS)
 
 
@@ -189,15 +191,17 @@ def expert_case(name: str, counts: Tensor, backward: bool = True) -> Case:
     )
 
 
-def _route(bias: Tensor, logits: Tensor) -> object:
+def _route(bias: Tensor, logits: Tensor) -> Any:
     return route(logits, bias, TOP_K)[0]
 
 
-def _balance(experts: Tensor, segments: Segments, scores: Tensor) -> object:
-    return document_balance(scores, experts, segments, 1e-4)
+def _balance(experts: Tensor, segments: Segments, scores: Tensor) -> Any:
+    ids, lengths = segments.ids(scores.device), torch.tensor(segments.lengths, dtype=scores.dtype)
+    chosen = count_choices(experts, ids, len(lengths), scores.shape[1])
+    return document_balance(scores, ids, 1e-4 * choice_frequency(chosen, lengths, TOP_K))
 
 
-def _experts(counts: Tensor, x: Tensor, up: Tensor, down: Tensor, weights: Tensor) -> object:
+def _experts(counts: Tensor, x: Tensor, up: Tensor, down: Tensor, weights: Tensor) -> Any:
     return expert_mlp(x, up, down, counts, weights)
 
 
@@ -241,8 +245,9 @@ def decode_cases(batch: int) -> Iterator[Case]:
         yield Case(f"decode attention {batch} {name}", "attention", call, qkv, 0, numbers, backward=False)
 
 
-def _cached(segments: Segments, past: list[int], *t: Tensor) -> object:
-    return attend_cached(*t, segments, past, 32**-0.5)
+def _cached(segments: Segments, past: list[int], *t: Tensor) -> Any:
+    q, k, v, keys, values = t
+    return attend_cached(q, k, v, keys, values, segments, past, 32**-0.5)
 
 
 def run(case: Case, backward: bool, clock: Callable[[], float]) -> float:
@@ -254,10 +259,10 @@ def run(case: Case, backward: bool, clock: Callable[[], float]) -> float:
             case.call(*leaves)
             return clock() - start
         out = case.call(*leaves)
-        cotangent = torch.ones_like(out)  # pyright: ignore[reportArgumentType]
+        cotangent = torch.ones_like(out)
         del out
         start = clock()
-        torch.autograd.grad(case.call(*leaves), leaves, cotangent)  # pyright: ignore[reportArgumentType]
+        torch.autograd.grad([case.call(*leaves)], leaves, [cotangent])
         return clock() - start
 
 
@@ -281,7 +286,7 @@ def limits() -> tuple[float, float]:
     return 2 * 2048 * 256 * 1024 / product, 2 * FLOAT * 2**25 / copy
 
 
-def _wall(work: Callable[[], object]) -> float:
+def _wall(work: Callable[[], Any]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

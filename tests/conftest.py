@@ -1,4 +1,7 @@
-"""GPU tests skip where there is no GPU."""
+"""GPU tests skip where there is no GPU; gangs of processes are shared by all tests."""
+
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -12,3 +15,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Any]:
+    """``processes(4).run("tests.some.module:function", {...})``: a job of four Gloo processes; gangs.py."""
+    from tests.gangs import Gangs  # once the annotations of weft are checked
+
+    gangs = Gangs()
+    yield gangs
+    gangs.close()

@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from weft.checkpoint import disk, shard, steps
-from weft.checkpoint.box import Box, tiles
 from weft.checkpoint.load import match, open_checkpoint
 from weft.checkpoint.manifest import DTYPES
 from weft.checkpoint.save import AsyncSaver, save
 from weft.checkpoint.shard import Piece
 from weft.config.errors import CheckpointError, RunError
-from weft.parallel.comm import SingleComm, run_threads
+from weft.parallel.comm import SingleComm
+from weft.parallel.threads import run_threads
+from weft.plan.box import Box, tiles
 from weft.spec.hybrid import HybridConfig
 
 ONE = SingleComm()

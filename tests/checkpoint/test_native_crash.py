@@ -21,7 +21,9 @@ from weft.checkpoint import steps
 from weft.checkpoint.save import AsyncSaver, save
 from weft.checkpoint.shard import Piece
 from weft.config.errors import CheckpointError, RunError
-from weft.parallel.comm import C10dComm, SingleComm, run_threads
+from weft.parallel.c10d import C10dComm
+from weft.parallel.comm import SingleComm
+from weft.parallel.threads import run_threads
 
 ONE = SingleComm()
 

@@ -16,7 +16,8 @@ from weft.checkpoint.manifest import Manifest
 from weft.checkpoint.save import save
 from weft.checkpoint.shard import Piece
 from weft.config.errors import CheckpointError
-from weft.parallel.comm import SingleComm, run_threads
+from weft.parallel.comm import SingleComm
+from weft.parallel.threads import run_threads
 
 
 def two_ranks(root: Path, state: dict[str, torch.Tensor]) -> Path:

@@ -3,8 +3,15 @@
 import pytest
 import torch
 
-from weft.ops.router import document_balance, route, z_loss
+from weft.ops.router import choice_frequency, count_choices, document_balance, route, z_loss
 from weft.ops.segments import Segments
+
+
+def balance(scores, experts, segments, coef):
+    """The balance loss of all documents, from its parts."""
+    ids, lengths = segments.ids(scores.device), torch.tensor(segments.lengths, dtype=scores.dtype)
+    chosen = count_choices(experts, ids, len(lengths), scores.shape[1])
+    return document_balance(scores, ids, coef * choice_frequency(chosen, lengths, experts.shape[1]))
 
 
 def inputs(tokens=14, experts=8, dtype=torch.float64):
@@ -50,15 +57,15 @@ def test_balance(twins, lengths):
     logits, bias = inputs()
     experts = route(logits, bias, 3)[1]
     segments = Segments(lengths)
-    twins("router", lambda x: document_balance(x.sigmoid(), experts, segments, 0.7), [logits], 1e-10)
+    twins("router", lambda x: balance(x.sigmoid(), experts, segments, 0.7), [logits], 1e-10)
 
 
 def test_balance_of_documents_adds_up():
     logits, bias = inputs()
     _, experts, scores = route(logits, bias, 3)
-    both = document_balance(scores, experts, Segments((5, 9)), 0.7)
+    both = balance(scores, experts, Segments((5, 9)), 0.7)
     apart = [
-        document_balance(scores[a:b], experts[a:b], Segments((b - a,)), 0.7) for a, b in ((0, 5), (5, 14))
+        balance(scores[a:b], experts[a:b], Segments((b - a,)), 0.7) for a, b in ((0, 5), (5, 14))
     ]
     assert (both - sum(apart)).abs() < 1e-12
 
@@ -67,7 +74,7 @@ def test_balance_of_even_load_is_coef_per_token():
     """f = P * E = 1 for every expert when load and scores are even."""
     scores = torch.full((8, 4), 0.5, dtype=torch.float64)
     experts = torch.arange(8).remainder(4).unsqueeze(1)
-    assert (document_balance(scores, experts, Segments((8,)), 0.25) - 8 * 0.25).abs() < 1e-12
+    assert (balance(scores, experts, Segments((8,)), 0.25) - 8 * 0.25).abs() < 1e-12
 
 
 def test_gradcheck():
@@ -77,6 +84,6 @@ def test_gradcheck():
 
     def call(x):
         weights, _, scores = route(x, bias, 2, choices=experts)
-        return weights, document_balance(scores, experts, segments, 1.0), z_loss(x)
+        return weights, balance(scores, experts, segments, 1.0), z_loss(x)
 
     assert torch.autograd.gradcheck(call, logits.requires_grad_(), fast_mode=True)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from weft.config.errors import CheckpointError, ConfigError, DataError, Problem, RunError, WeftError
-from weft.parallel.comm import Comm, SingleComm, run_threads
+from weft.parallel.comm import Comm, SingleComm
+from weft.parallel.threads import run_threads
 from weft.parallel.together import on_chief, on_every
 
 

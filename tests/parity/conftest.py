@@ -28,7 +28,7 @@ def pair() -> Callable[[HybridConfig, int], Pair]:
             randomize(mtp, seed + 1)
         values = gather(config, live_tensors(theirs, mtp))
         here = as_transformers_runs(config)
-        ours = assemble_from(here, "fp32", torch.device("cpu"), lambda name: values[name])
+        ours = assemble_from(here, "fp32", torch.device("cpu"), lambda name, _: values[name])
         return Pair(here, theirs, mtp, ours)
 
     return make

@@ -53,7 +53,7 @@ def test_mtp(name: str, pair: Make) -> None:
     ctx = Context(segments)
     with torch.no_grad():
         states = both.ours.ahead(both.ours.hidden(packed, ctx), future, ctx)
-        ours = [both.ours.head(state) for state in states]
+        ours = [both.ours.head.logits(state) for state in states]
     for k in range(depths):
         theirs = torch.cat([found[k] for found in reference])
         starts = [0, len(rows[0])]

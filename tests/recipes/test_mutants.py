@@ -56,7 +56,6 @@ MUTANTS = [
     ("optimizer.lr=.inf", "optimizer.lr", "inf is not a finite number"),
     ("model.n_groups=0", "model.n_groups", "0 is out of range; it must be at least 1"),
     # clashes
-    ("train.micro_batch_size=3", "train.micro_batch_size", "3 does not divide train.global_batch_size = 4"),
     ("optimizer.min_lr=1", "optimizer.min_lr", "is above optimizer.lr"),
     (
         "model.num_key_value_heads=3",

@@ -11,7 +11,10 @@ from weft.data.stream import Split, Stream, make_split
 from weft.models.hybrid import HybridLM
 from weft.ops.backend import use
 from weft.ops.segments import Segments
-from weft.parallel.comm import Comm, SingleComm, run_threads
+from weft.parallel.comm import Comm, SingleComm
+from weft.parallel.mesh import mesh_of
+from weft.parallel.threads import run_threads
+from weft.spec.layout import PlanConfig
 from weft.train.evaluate import Evaluation, evaluate
 
 START, LENGTHS, BYTES = 1, (9, 3, 20, 1, 14), 133
@@ -43,7 +46,7 @@ def direct(model: HybridLM, split: Split, seq_length: int) -> float:
 def test_bits_per_byte_of_every_token(seq_length: int) -> None:
     split, model = tiny_split(), make("fp64")
     nats = direct(model, split, seq_length)
-    result = evaluate(model, split.windows(seq_length, 2, 2), SingleComm(), chunk=5)
+    result = evaluate(model, split.windows(seq_length, 2, 2), mesh_of(PlanConfig(), SingleComm()), chunk=5)
     assert result.tokens == split.tokens == sum(LENGTHS)
     assert result.loss == pytest.approx(nats / sum(LENGTHS), rel=1e-12)
     bits = result.bits_per_byte(split.tokens, split.bytes)
@@ -57,7 +60,7 @@ def test_two_ranks_read_the_same_tokens(count: int) -> None:
 
     def share(comm: Comm) -> Evaluation:
         windows = split.windows(7, 2, count, part=comm.rank, parts=comm.size)
-        return evaluate(make("fp64"), windows, comm, chunk=5)
+        return evaluate(make("fp64"), windows, mesh_of(PlanConfig(), comm), chunk=5)
 
     for result in run_threads(2, share):
         assert result.tokens == sum(LENGTHS)
@@ -68,7 +71,7 @@ def test_a_rank_without_windows_adds_nothing() -> None:
     split = tiny_split()
 
     def share(comm: Comm) -> Evaluation:
-        return evaluate(make("fp64"), split.windows(1000, 2, 2, part=comm.rank, parts=2), comm, chunk=5)
+        return evaluate(make("fp64"), split.windows(1000, 2, 2, part=comm.rank, parts=2), mesh_of(PlanConfig(), comm), chunk=5)
 
     first, second = run_threads(2, share)
     assert first == second

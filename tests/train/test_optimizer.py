@@ -9,8 +9,9 @@ import torch
 from tests.tiny import make
 from weft.models import presets
 from weft.models.hybrid import HybridLM
-from weft.parallel.comm import Comm, SingleComm, run_threads
+from weft.parallel.comm import Comm, SingleComm
 from weft.parallel.store import Store
+from weft.parallel.threads import run_threads
 from weft.spec.run import OptimizerConfig
 from weft.train.optimizer import Optimizer, RouterLoad
 

@@ -11,23 +11,30 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from weft.plan.box import Box
 from weft.spec.param import Init, ParamSpec
 
 BLOCK = 1 << 20  # elements drawn from one generator
 
 
-def initial(spec: ParamSpec, seed: int, dtype: torch.dtype) -> Shaped[Tensor, "..."]:
-    """The whole parameter, in its global shape.
+def initial(spec: ParamSpec, seed: int, dtype: torch.dtype, box: Box | None = None) -> Shaped[Tensor, "..."]:
+    """A box of the parameter; all of it by default.
 
     Values are drawn in fp32 on the CPU, then cast: devices agree, and precisions up to rounding.
     """
+    box = box or Box.whole(spec.shape)
     rows = spec.shape[0]
     height = max(1, BLOCK * rows // max(1, spec.numel))
-    blocks = [
-        _draw(spec.init, (min(height, rows - top), *spec.shape[1:]), top, _generator(seed, spec.name, top))
-        for top in range(0, rows, height)
-    ]
-    return torch.cat(blocks).to(dtype)
+    first, last = box.start[0], box.stop[0]
+    parts = []
+    for top in range(first // height * height, max(last, first + 1), height):
+        whole = _draw(
+            spec.init, (min(height, rows - top), *spec.shape[1:]), top, _generator(seed, spec.name, top)
+        )
+        mine = slice(max(first - top, 0), max(last - top, 0))
+        others = (slice(a, b) for a, b in zip(box.start[1:], box.stop[1:], strict=True))
+        parts.append(whole[(mine, *others)].to(dtype))
+    return torch.cat(parts)
 
 
 def _generator(seed: int, name: str, block: int) -> torch.Generator:

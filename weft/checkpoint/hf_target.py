@@ -9,13 +9,13 @@ from itertools import groupby
 from pathlib import Path
 
 from weft.checkpoint import disk
-from weft.checkpoint.box import Box
 from weft.checkpoint.hf_source import INDEX, SINGLE
 from weft.checkpoint.load import Checkpoint
 from weft.checkpoint.manifest import DTYPE_NAMES
 from weft.checkpoint.shard import PIECE_BYTES, buffer
 from weft.config.errors import CheckpointError, RunError
 from weft.models.hf_table import Link
+from weft.plan.box import Box
 
 SHARD_BYTES = 5_000_000_000
 MADE = {"format": "pt", "producer": "weft"}  # transformers asks for the first; the second lets us replace it

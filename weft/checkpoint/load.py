@@ -9,10 +9,10 @@ import xxhash
 from torch import Tensor
 
 from weft.checkpoint import disk, manifest, steps
-from weft.checkpoint.box import Box
 from weft.checkpoint.manifest import DTYPES, Manifest, PieceRecord, TensorRecord
 from weft.checkpoint.shard import buffer
 from weft.config.errors import CheckpointError
+from weft.plan.box import Box
 from weft.spec.param import ParamSpec
 
 

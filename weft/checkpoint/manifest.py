@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import xxhash
 
-from weft.checkpoint.box import Box, tiles
 from weft.config.errors import CheckpointError
+from weft.plan.box import Box, tiles
 
 NAME = "manifest.json"
 FORMAT = "weft checkpoint"

@@ -40,7 +40,9 @@ def load_model(
     config = model_config(checkpoint)
     match(checkpoint, config.params(), "model/")
     where = device or torch.device("cpu")
-    return assemble_from(config, precision, where, lambda name: checkpoint.read(f"model/{name}")), config
+    return assemble_from(
+        config, precision, where, lambda name, box: checkpoint.read(f"model/{name}", box)
+    ), config
 
 
 def run_of(path: Path) -> Path:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from weft.checkpoint import disk, manifest, shard, steps
-from weft.checkpoint.box import Box, tiles
 from weft.checkpoint.manifest import DTYPE_NAMES, DTYPES, FileRecord, Manifest, PieceRecord, TensorRecord
 from weft.checkpoint.shard import Piece
 from weft.config.errors import CheckpointError, RunError, WeftError
 from weft.parallel.comm import Comm
 from weft.parallel.together import on_every
+from weft.plan.box import Box, tiles
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -10,8 +10,8 @@ import xxhash
 from torch import Tensor
 
 from weft.checkpoint import disk
-from weft.checkpoint.box import Box
 from weft.checkpoint.manifest import DTYPE_NAMES, FileRecord, PieceRecord
+from weft.plan.box import Box
 
 FILE_BYTES = 2 << 30
 PIECE_BYTES = 256 << 20  # what reader and writer hold on the host at a time

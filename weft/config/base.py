@@ -17,13 +17,15 @@ def setting(
     gt: float | None = None,
     le: float | None = None,
     lt: float | None = None,
+    dim: str = "",
 ) -> Any:
     """A documented dataclass field; ``ge/gt/le/lt`` bound a number (units belong in ``doc``).
 
     A default that is a class or function is called for each new object, like a ``default_factory``.
+    ``dim`` names the dimension that a count counts, so that a layout can cut it (``weft.plan.shard``).
     """
     limits = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    metadata = {"doc": doc, "limits": {k: v for k, v in limits.items() if v is not None}}
+    metadata = {"doc": doc, "limits": {k: v for k, v in limits.items() if v is not None}, "dim": dim}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -172,9 +172,10 @@ class _Reader:
         for place in paths(self.root):
             places.setdefault(place.rpartition(".")[2], []).append(place)
         near = [*places.get(name, ()), *(here + sibling for sibling in nearest(name, hints(kind)))]
-        near = near or [place for other in nearest(name, places) for place in places[other]]
-        names = ", ".join(hints(kind))
-        hint = f"did you mean {' or '.join(near[:3])}?" if near else f"{path or 'the top level'} has {names}"
+        if not near and not path:
+            near = [place for other in nearest(name, places) for place in places[other]]
+        names = f"{path or 'the top level'} has {', '.join(hints(kind))}"
+        hint = f"did you mean {' or '.join(near[:3])}?" if near else names
         self.wrong(here + name, f"unknown name; {hint}")
 
     def value(self, annotation: Any, value: Any, path: str, limits: str = "") -> Any:

@@ -42,7 +42,10 @@ def file_layer(path: str | Path) -> Layer:
 
 
 def override_layer(kind: type[Config], arguments: Sequence[str]) -> Layer:
-    """The layer of ``section.name=value`` arguments; a later one wins."""
+    """The layer of ``section.name=value`` arguments; a later one wins.
+
+    ``section=FILE.yaml`` takes the whole section from a file: what the file leaves out is the default.
+    """
     values: Values = {}
     origins: dict[str, str] = {}
     problems: list[Problem] = []
@@ -54,7 +57,11 @@ def override_layer(kind: type[Config], arguments: Sequence[str]) -> Layer:
             )
             continue
         try:
-            value = _override_value(annotation_at(kind, path), path, text)
+            annotation = annotation_at(kind, path)
+            value = _override_value(annotation, path, text)
+            if is_section(annotation) and isinstance(value, str):
+                value, lines = _section_file(annotation, path, value)
+                origins |= lines
         except ConfigError as error:
             problems += error.problems
             continue
@@ -81,7 +88,7 @@ def resolve(base: C, layers: Sequence[Layer], origin: str) -> Resolved[C]:
     unread = [problem for layer in layers for problem in layer.problems]
     config, problems = read(type(base), values)
     if config is None or problems or unread:
-        raise ConfigError([*unread, *(_blame(problem, given) for problem in problems)])
+        raise ConfigError([*unread, *(located(problem, given) for problem in problems)])
     origins |= given
     return Resolved(config, {path: origins[path] for path, _ in leaves(to_dict(config))})
 
@@ -99,13 +106,19 @@ def _override_value(annotation: Any, path: str, text: str) -> Any:
     """Text settings take the words as they are (``data.glob=*.py``); all others are YAML."""
     if _is_text(annotation) and not text.startswith(("'", '"')):
         return text
-    value = parse_value(text, path)
-    if is_section(annotation) and isinstance(value, str):
-        message = (
-            f"is a section, not {value!r}; set {path}.<name>=value, or a whole file with --config {value}"
-        )
-        raise ConfigError([Problem(path, message)])
-    return value
+    return parse_value(text, path)
+
+
+def _section_file(kind: type[Config], path: str, file: str) -> tuple[Values, dict[str, str]]:
+    """Values and origins of a section that is a file of its own."""
+    if not Path(file).is_file():
+        fix = f"set {path}.<name>=value, or a whole file, {path}=FILE.yaml (there is no file {file})"
+        raise ConfigError([Problem(path, f"is a section, not {file!r}; {fix}")])
+    document, name = parse_file(file), Path(file).name
+    values = defaults(kind)
+    origins = {f"{path}.{place}": "default" for place, _ in leaves(values)}
+    _merge(values, document.values)
+    return values, origins | {f"{path}.{place}": f"{name}:{n}" for place, n in document.lines.items()}
 
 
 def _is_text(annotation: Any) -> bool:
@@ -134,8 +147,16 @@ def _origin(layer: Layer, path: str) -> str:
     return layer.origins[path]
 
 
-def _blame(problem: Problem, given: Mapping[str, str]) -> Problem:
+def located(problem: Problem, origins: Mapping[str, str]) -> Problem:
+    """The problem with the file and line (or command line) that set its value, or a value inside its section.
+
+    What is from a default or a recipe is not named.
+    """
     path = problem.path.partition("[")[0]
-    inside = (origin for place, origin in given.items() if place.startswith(f"{path}."))
-    origin = given.get(path) or next(inside, None)
-    return Problem(problem.path, f"{problem.message} ({origin})") if origin else problem
+    inside = (origin for place, origin in origins.items() if place.startswith(f"{path}.") and _given(origin))
+    origin = origins.get(path) or next(inside, None)
+    return Problem(problem.path, f"{problem.message} ({origin})") if origin and _given(origin) else problem
+
+
+def _given(origin: str) -> bool:
+    return origin != "default" and not origin.startswith("recipe ")

@@ -39,3 +39,9 @@ def join(batches: Sequence[Batch]) -> Batch:
         lengths=tuple(n for b in batches for n in b.lengths),
         samples=tuple(n for b in batches for n in b.samples),
     )
+
+
+def empty(targets: int) -> Batch:
+    """A batch of no samples with ``targets`` rows of targets: the share of a reader that has nothing left."""
+    none = np.zeros((targets, 0), dtype=np.int64)
+    return Batch(none[0], none, none.astype(bool), lengths=(), samples=())

@@ -19,7 +19,7 @@ from math import ceil
 from typing import Any
 
 from weft.config.errors import DataError
-from weft.data.batch import Batch, join
+from weft.data.batch import Batch, empty, join
 from weft.data.stream import Split, Stream
 
 _ROUNDS = 4
@@ -106,6 +106,8 @@ class Loader:
 
     def microbatch(self, start: int, count: int) -> Batch:
         """Samples ``start .. start + count - 1`` of the run."""
+        if not count:
+            return empty(self.depths + 1)
         windows = []
         walk = islice(self._schedule.walk(self._since(start)), count)
         for sample, (source, index) in enumerate(walk, start):

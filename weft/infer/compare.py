@@ -148,7 +148,7 @@ def _ours(checkpoint: Checkpoint, rows: list[list[int]], console: Console) -> li
             markup=False,
         )
     cpu = torch.device("cpu")
-    model = assemble_from(config, "fp32", cpu, lambda name: checkpoint.read(f"model/{name}"))
+    model = assemble_from(config, "fp32", cpu, lambda name, box: checkpoint.read(f"model/{name}", box))
     return [model.logits(torch.tensor(row), Segments((len(row),))) for row in rows]
 
 

@@ -125,7 +125,7 @@ def _prefill(
         for row, end in enumerate(segments.starts):
             if len(prompts[row]) <= start + chunk:
                 last[row] = hidden[end + len(parts[row]) - 1]
-    return model.head(torch.stack([row for row in last if row is not None]))
+    return model.head.logits(torch.stack([row for row in last if row is not None]))
 
 
 def choose(

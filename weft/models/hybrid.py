@@ -1,12 +1,14 @@
 """The hybrid language model: token table, residual layers, final norm, head, MTP depths."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from weft.config.base import Config
 from weft.nn.block import Block
 from weft.nn.context import Context, RouterStats
 from weft.nn.linear import Embedding, Head, Linear, RMSNorm
@@ -24,22 +26,40 @@ class Losses:
         lm: next-token cross-entropy.
         mtp: cross-entropy of each MTP depth.
         stats: router statistics by layer (a repeated MTP depth reports once per repetition).
+        choices: experts by layer, of the tokens ``model.rows`` that this rank routes.
     """
 
     lm: Float[Tensor, ""]
     mtp: tuple[Float[Tensor, ""], ...]
     stats: dict[str, RouterStats]
+    choices: dict[str, Int[Tensor, "rows top_k"]]
+
+
+C = TypeVar("C", bound=Config)
+
+
+@runtime_checkable
+class Localize(Protocol):
+    """Config -> Config: a layer as one rank computes it (``weft.plan.shard.localize``)."""
+
+    def __call__(self, config: C) -> C:  # noqa: D102
+        ...
+
+
+def _whole(config: C) -> C:
+    return config
 
 
 class MTPDepth(Layer):
     """One physical multi-token-prediction depth (DeepSeek-V3, arXiv 2412.19437, 2.2)."""
 
-    def __init__(self, config: MTPDepthConfig) -> None:
+    def __init__(self, config: MTPDepthConfig, local: Localize) -> None:
         super().__init__()
-        self.enorm, self.hnorm = RMSNorm(config.norm), RMSNorm(config.norm)
-        self.eh_proj = Linear(config.eh_proj)
-        self.layers = nn.ModuleList(Block(block) for block in config.blocks)
-        self.norm = RMSNorm(config.norm)
+        norm = local(config.norm)
+        self.enorm, self.hnorm = RMSNorm(norm), RMSNorm(norm)
+        self.eh_proj = Linear(local(config.eh_proj))
+        self.layers = nn.ModuleList(Block(local(block)) for block in config.blocks)
+        self.norm = RMSNorm(norm)
 
     def forward(
         self,
@@ -56,28 +76,52 @@ class MTPDepth(Layer):
             ctx: the forward pass.
             key: name of this repetition, for router choices and statistics.
         """
-        x = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1))
+        x = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1), ctx)
         for i, layer in enumerate(self.layers):
             x = layer(x, ctx, f"{key}.layers.{i}")
         return self.norm(x)
 
 
 class HybridLM(Layer):
-    """Mamba-2, attention, MLP and MoE layers in the order of the config's pattern."""
+    """Mamba-2, attention, MLP and MoE layers in the order of the config's pattern.
 
-    def __init__(self, config: HybridConfig) -> None:
+    Args:
+        config: the whole model.
+        local: each layer's config as one rank computes it; the same by default.
+
+    Attributes:
+        rows: of so many tokens, those whose whole features this rank has (see ``Context.rows``).
+    """
+
+    def __init__(self, config: HybridConfig, local: Localize = _whole) -> None:
         super().__init__()
         self.config = config
+        self.rows: Callable[[int], slice] = lambda tokens: slice(None)
         self.embed = Embedding(config.embedding)
-        self.layers = nn.ModuleList(Block(block) for block in config.blocks)
-        self.norm = RMSNorm(config.norm)
+        self.layers = nn.ModuleList(Block(local(block)) for block in config.blocks)
+        self.norm = RMSNorm(local(config.norm))
         self.head = Head(config.embedding)
         if config.tie_word_embeddings:
             self.head.weight = self.embed.weight
-        self.mtp = nn.ModuleList(MTPDepth(depth) for depth in config.mtp)
+        self.mtp = nn.ModuleList(MTPDepth(depth, local) for depth in config.mtp)
 
-    def hidden(self, tokens: Int[Tensor, " tokens"], ctx: Context) -> Float[Tensor, "tokens embed"]:
-        """States after the final norm, which the head (and MTP) read."""
+    def units(self) -> dict[str, nn.Module]:
+        """Modules whose parameters rest and move together, by name, in the order of use."""
+        units: dict[str, nn.Module] = {"embed": self.embed}
+        units |= {f"layers.{i}": layer for i, layer in enumerate(self.layers)}
+        units |= {"norm": self.norm, "head": self.head}
+        for i, depth in enumerate(self.mtp):
+            units[f"mtp.{i}"] = depth
+            layers = depth.get_submodule("layers").children()
+            units |= {f"mtp.{i}.layers.{j}": layer for j, layer in enumerate(layers)}
+        return units
+
+    def context(self, segments: Segments) -> Context:
+        """One forward pass over these documents."""
+        return Context(segments, rows=self.rows(segments.tokens))
+
+    def hidden(self, tokens: Int[Tensor, " tokens"], ctx: Context) -> Float[Tensor, "rows width"]:
+        """States after the final norm, which the head (and MTP) read; under a layout this rank's part."""
         x = self.embed(tokens)
         for i, layer in enumerate(self.layers):
             x = layer(x, ctx, f"layers.{i}")
@@ -85,10 +129,10 @@ class HybridLM(Layer):
 
     def ahead(
         self,
-        hidden: Float[Tensor, "tokens embed"],
+        hidden: Float[Tensor, "rows width"],
         future: Int[Tensor, "depths tokens"],
         ctx: Context,
-    ) -> list[Float[Tensor, "tokens embed"]]:
+    ) -> list[Float[Tensor, "rows width"]]:
         """States of each MTP depth; ``future[k - 1]`` is the token k places ahead, -1 where none is."""
         states = []
         for depth in range(self.config.depths):
@@ -117,21 +161,19 @@ class HybridLM(Layer):
             scales: factor of each summed loss (one over the global number of its targets).
             chunk: tokens whose logits exist at a time.
         """
-        ctx = Context(segments)
+        ctx = self.context(segments)
         states = [self.hidden(tokens, ctx)]
         states += self.ahead(states[0], future, ctx)
-        targets = future.masked_fill(~mask, -1)
-        weight = self.head.wide_weight()  # once for all depths: their gradients add up in the wide dtype
-        sums = [self.head.loss(state, weight, targets[k], scales[k], chunk) for k, state in enumerate(states)]
-        return Losses(sums[0], tuple(sums[1:]), ctx.stats)
+        sums = self.head(states, future.masked_fill(~mask, -1), scales, chunk)
+        return Losses(sums[0], tuple(sums[1:]), ctx.stats, ctx.replay.choices)
 
     def logits(
         self, tokens: Int[Tensor, " tokens"], segments: Segments, cache: Cache | None = None
     ) -> Float[Tensor, "tokens vocab"]:
         """Logits of every token; with a cache, the tokens continue its sequences and are added to it."""
         if cache is None:
-            return self.head(self.hidden(tokens, Context(segments)))
-        return self.head(self.extend(tokens, segments, cache))
+            return self.head.logits(self.hidden(tokens, Context(segments)))
+        return self.head.logits(self.extend(tokens, segments, cache))
 
     def extend(
         self, tokens: Int[Tensor, " tokens"], segments: Segments, cache: Cache

@@ -6,7 +6,7 @@ from torch import Tensor
 from weft.nn.context import Context, RouterStats
 from weft.nn.linear import Linear
 from weft.nn.module import Layer
-from weft.nn.slots import Attend, Enter, Leave
+from weft.nn.slots import Attend
 from weft.spec.layers import AttentionConfig
 
 
@@ -17,15 +17,15 @@ class Attention(Layer):
         super().__init__()
         self.config = config
         self.qkv_proj, self.o_proj = Linear(config.qkv_proj), Linear(config.o_proj)
-        self.enter, self.leave, self.attend = Enter(), Leave(), Attend()
+        self.attend = Attend()
 
     def forward(
         self, x: Float[Tensor, "tokens embed"], ctx: Context, key: str
     ) -> tuple[Float[Tensor, "tokens embed"], RouterStats | None]:
         """The mixer's output, before the residual sum."""
         c = self.config
-        heads = self.qkv_proj(self.enter(x)).unflatten(-1, (-1, c.head_dim))
+        heads = self.qkv_proj(x, ctx).unflatten(-1, (-1, c.head_dim))
         q, k, v = heads.split([c.heads, c.kv_heads, c.kv_heads], dim=-2)
         state, past = (ctx.cache.kv(key), ctx.cache.lengths) if ctx.cache else (None, None)
         y = self.attend(q, k, v, ctx.segments, state, past)
-        return self.leave(self.o_proj(y.flatten(-2))), None
+        return self.o_proj(y.flatten(-2), ctx), None

@@ -1,5 +1,8 @@
 """One residual layer, the unit on which recomputation, stages and stores cut."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -14,7 +17,23 @@ from weft.nn.moe import MoE
 from weft.spec.hybrid import BlockConfig
 from weft.spec.layers import AttentionConfig, MambaConfig, MixerConfig, MLPConfig, MoEConfig
 
-_MIXERS = {MambaConfig: Mamba, AttentionConfig: Attention, MLPConfig: MLP, MoEConfig: MoE}
+_MIXERS: dict[type[MixerConfig], Callable[..., Layer]] = {
+    MambaConfig: Mamba,
+    AttentionConfig: Attention,
+    MLPConfig: MLP,
+    MoEConfig: MoE,
+}
+L = TypeVar("L", bound=Layer)
+
+
+def builds(config: type[MixerConfig]) -> Callable[[type[L]], type[L]]:
+    """Decorator of a layer class: configs of this type make such layers, also outside this package."""
+
+    def register(layer: type[L]) -> type[L]:
+        _MIXERS[config] = layer
+        return layer
+
+    return register
 
 
 def make_mixer(config: MixerConfig) -> Layer:

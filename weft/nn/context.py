@@ -39,9 +39,11 @@ class Context:
         replay: router choices to record or force.
         cache: states to read and write (generation), or None.
         stats: router statistics by layer, filled in by the model.
+        rows: the tokens whose whole features this rank has between its sharded layers.
     """
 
     segments: Segments
     replay: Replay = field(default_factory=Replay)
     cache: Cache | None = None
     stats: dict[str, RouterStats] = field(default_factory=dict)
+    rows: slice = field(default_factory=lambda: slice(None))

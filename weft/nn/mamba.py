@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from weft.nn.context import Context, RouterStats
 from weft.nn.linear import GatedGroupNorm, Linear
 from weft.nn.module import Layer, Part
-from weft.nn.slots import Enter, Halo, Leave, Scan
+from weft.nn.slots import Halo, Scan
 from weft.spec.layers import MambaConfig
 from weft.spec.param import size
 
@@ -26,14 +26,14 @@ class Mamba(Layer):
         self.in_proj, self.out_proj = Linear(config.in_proj), Linear(config.out_proj)
         self.norm = GatedGroupNorm(config.norm)
         self.own(config.params())
-        self.enter, self.leave, self.halo, self.scan = Enter(), Leave(), Halo(), Scan(config.chunk)
+        self.halo, self.scan = Halo(), Scan(config.chunk)
 
     def forward(
         self, x: Float[Tensor, "tokens embed"], ctx: Context, key: str
     ) -> tuple[Float[Tensor, "tokens embed"], RouterStats | None]:
         """The mixer's output, before the residual sum."""
         c = self.config
-        z, xBC, dt = self.in_proj(self.enter(x)).split([c.inner, size(c.conv_rows), c.heads], dim=-1)
+        z, xBC, dt = self.in_proj(x, ctx).split([c.inner, size(c.conv_rows), c.heads], dim=-1)
         state = ctx.cache.mamba(key) if ctx.cache else None
         xBC = self.halo(xBC, self.conv.weight, self.conv.bias, ctx.segments, state)
         u, B, C = xBC.split([c.inner, c.groups * c.state, c.groups * c.state], dim=-1)
@@ -49,4 +49,4 @@ class Mamba(Layer):
             state,
         )
         y = self.norm(y.flatten(-2), z)
-        return self.leave(self.out_proj(y)), None
+        return self.out_proj(y, ctx), None

@@ -6,7 +6,6 @@ from torch import Tensor
 from weft.nn.context import Context, RouterStats
 from weft.nn.linear import Linear
 from weft.nn.module import Layer
-from weft.nn.slots import Enter, Leave
 from weft.ops.mlp import mlp
 from weft.spec.layers import MLPConfig
 
@@ -17,14 +16,15 @@ class MLP(Layer):
     def __init__(self, config: MLPConfig) -> None:
         super().__init__()
         self.up_proj, self.down_proj = Linear(config.up_proj), Linear(config.down_proj)
-        self.enter, self.leave = Enter(), Leave()
 
     def forward(
         self, x: Float[Tensor, "tokens embed"], ctx: Context, key: str
     ) -> tuple[Float[Tensor, "tokens embed"], RouterStats | None]:
         """The mixer's output, before the residual sum."""
-        return self.leave(self.apply_to(self.enter(x))), None
+        return self.apply_to(x, ctx), None
 
-    def apply_to(self, x: Float[Tensor, "tokens embed"]) -> Float[Tensor, "tokens embed"]:
+    def apply_to(self, x: Float[Tensor, "tokens embed"], ctx: Context) -> Float[Tensor, "tokens embed"]:
         """The mathematics alone, for the shared expert of a mixture."""
-        return mlp(x, self.up_proj.weight, self.down_proj.weight)
+        if self.up_proj.product.alone and self.down_proj.product.alone:
+            return mlp(x, self.up_proj.weight, self.down_proj.weight)
+        return self.down_proj(self.up_proj(x, ctx).relu().square(), ctx)

@@ -11,34 +11,32 @@ from weft.nn.context import Context, RouterStats
 from weft.nn.linear import Linear
 from weft.nn.mlp import MLP
 from weft.nn.module import Layer, Part
-from weft.nn.slots import Enter, Exchange, Leave
+from weft.nn.slots import Enter, Exchange, Leave, Total
 from weft.ops.experts import expert_mlp
-from weft.ops.linear import linear
-from weft.ops.router import document_balance, route, z_loss
+from weft.ops.router import choice_frequency, count_choices, document_balance, route, z_loss
 from weft.spec.layers import MoEConfig, RouterConfig
 
 
-class Router(Layer):
+class Router(Linear):
     """Scores from the full width; choices by score plus bias; weights from the scores.
 
     Everything is computed in the dtype of the bias, which no policy reduces: fp32, or fp64 under fp64.
     """
 
-    weight: Tensor
     bias: Tensor
 
     def __init__(self, config: RouterConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         self.config = config
-        self.own(config.params())
+        self.total = Total("tokens")
 
-    def forward(
+    def choose(
         self, x: Float[Tensor, "tokens embed"], ctx: Context, key: str
-    ) -> tuple[Float[Tensor, "tokens top_k"], Int[Tensor, "tokens top_k"], RouterStats | None]:
+    ) -> tuple[Float[Tensor, "rows top_k"], Int[Tensor, "rows top_k"], RouterStats | None]:
         """Routing weights, chosen experts, statistics (none while generating)."""
         c = self.config
         dtype = self.bias.dtype
-        logits = linear(x.to(dtype), self.weight.to(dtype))
+        logits = self.product(x.to(dtype), self.weight.to(dtype), ctx.segments.tokens)
         weights, experts, scores = route(
             logits,
             self.bias,
@@ -54,22 +52,33 @@ class Router(Layer):
 
     def stats(
         self,
-        logits: Float[Tensor, "tokens experts"],
-        scores: Float[Tensor, "tokens experts"],
-        experts: Int[Tensor, "tokens top_k"],
+        logits: Float[Tensor, "rows experts"],
+        scores: Float[Tensor, "rows experts"],
+        experts: Int[Tensor, "rows top_k"],
         ctx: Context,
     ) -> RouterStats:
-        """Losses (only where their coefficients ask for them), entropy and load."""
+        """Losses (only where their coefficients ask for them), entropy and load, of the tokens here."""
         c = self.config
         zero = logits.new_zeros(())
         if not torch.is_grad_enabled():
             return RouterStats(zero, zero, zero, torch.bincount(experts.flatten(), minlength=c.experts))
-        balance = document_balance(scores, experts, ctx.segments, c.aux_coef) if c.aux_coef else zero
         z = c.z_coef * z_loss(logits) if c.z_coef else zero
         with torch.no_grad():
             share = scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
             entropy = -torch.xlogy(share, share).sum()
+        balance = self._balance(scores, experts, ctx) if c.aux_coef else zero
         return RouterStats(balance, z, entropy, torch.bincount(experts.flatten(), minlength=c.experts))
+
+    def _balance(
+        self, scores: Float[Tensor, "rows experts"], experts: Int[Tensor, "rows top_k"], ctx: Context
+    ) -> Float[Tensor, ""]:
+        """The balance loss of the tokens here, by how often whole documents chose each expert."""
+        segments = ctx.segments
+        ids = segments.ids(scores.device)[ctx.rows]
+        chosen = self.total(count_choices(experts, ids, len(segments.lengths), self.config.experts))
+        lengths = torch.tensor(segments.lengths, dtype=scores.dtype).to(scores.device)
+        frequency = choice_frequency(chosen, lengths, self.config.top_k)
+        return document_balance(scores, ids, self.config.aux_coef * frequency)
 
 
 class MoE(Layer):
@@ -85,20 +94,21 @@ class MoE(Layer):
         self.latent_down = Linear(config.latent_down) if config.latent else None
         self.latent_up = Linear(config.latent_up) if config.latent else None
         self.own(config.params())
-        self.enter, self.leave, self.exchange = Enter(), Leave(), Exchange()
+        self.enter, self.leave, self.exchange = Enter(), Leave(), Exchange()  # the first two: without latent
 
     def forward(
         self, x: Float[Tensor, "tokens embed"], ctx: Context, key: str
     ) -> tuple[Float[Tensor, "tokens embed"], RouterStats | None]:
         """The mixer's output, before the residual sum, and the router's statistics."""
-        weights, experts, stats = self.router(x, ctx, key)
-        z = self.latent_down(x) if self.latent_down else x
+        tokens = ctx.segments.tokens
+        weights, experts, stats = self.router.choose(x, ctx, key)
+        z = self.latent_down(x, ctx) if self.latent_down else self.enter(x, tokens)
         ticket = self.exchange.dispatch(z, weights.to(z.dtype), experts, self.config.experts)
         rows = expert_mlp(
             ticket.rows, self.experts.up_proj, self.experts.down_proj, ticket.counts, ticket.weights
         )
         y = self.exchange.combine(rows, ticket)
-        y = self.latent_up(y) if self.latent_up else y
+        y = self.latent_up(y, ctx) if self.latent_up else self.leave(y, tokens)
         if self.shared:
-            y = y + self.leave(self.shared.apply_to(self.enter(x)))
+            y = y + self.shared.apply_to(x, ctx)
         return y, stats

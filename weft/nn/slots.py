@@ -1,13 +1,13 @@
 """The slots: places where a layer's mathematics may need a peer, with one-device defaults.
 
-The whole vocabulary: enter, leave, total, lookup, attend, scan, halo, dispatch/combine, loss.
-A parallel layout replaces a slot; the layer around it does not change.
+The whole vocabulary: enter and leave (joined with their product in a projection), total, lookup, attend,
+scan, halo, dispatch/combine, loss. A parallel layout replaces a slot; the layer around it does not change.
 """
 
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,45 +16,70 @@ from weft.ops.attention import attend, attend_cached
 from weft.ops.conv import causal_conv, conv_step
 from weft.ops.cross_entropy import linear_cross_entropy
 from weft.ops.dispatch import collect, spread
+from weft.ops.linear import linear
 from weft.ops.scan import ssd, ssd_step
 from weft.ops.segments import Segments
 
 
-class Enter(nn.Module):
-    """Residual tokens of this rank -> tokens the layer computes on."""
+class Product(nn.Module):
+    """``x W^T`` with what a layout puts before and after it: ``enter`` and ``leave`` of a projection.
 
-    def forward(self, x: Float[Tensor, "tokens embed"]) -> Float[Tensor, "tokens embed"]:
-        """All tokens are here already."""
+    They are one slot because their collectives run under the products of the backward pass.
+    """
+
+    alone = True
+
+    def forward(
+        self, x: Float[Tensor, "tokens cols"], weight: Float[Tensor, "rows cols"], tokens: int
+    ) -> Float[Tensor, "tokens rows"]:
+        """``tokens``: length of the whole run of tokens, of which ``x`` may hold a part."""
+        return linear(x, weight)
+
+
+class Enter(nn.Module):
+    """Residual activations of this rank -> whole features of some of its tokens."""
+
+    def forward(self, x: Float[Tensor, "tokens embed"], tokens: int) -> Float[Tensor, "tokens embed"]:
+        """All features are here already."""
         return x
 
 
 class Leave(nn.Module):
-    """(Partial) layer output -> residual tokens of this rank."""
+    """The way back from ``Enter``."""
 
-    def forward(self, x: Float[Tensor, "tokens embed"]) -> Float[Tensor, "tokens embed"]:
-        """The output is complete already."""
+    def forward(self, x: Float[Tensor, "tokens embed"], tokens: int) -> Float[Tensor, "tokens embed"]:
+        """The residual has whole features."""
         return x
 
 
 class Total(nn.Module):
-    """Sum of a small statistic over the ranks that share its dimension (a norm over a sharded ``embed``).
+    """Sum of a small statistic over the ranks that share what it was taken over.
 
-    No layer owns one yet: the layouts that exist today keep ``embed`` whole. Tensor layouts will fill it.
+    Args:
+        over: ``features`` of a group of the owner's weight, or ``tokens`` of the whole run.
+        group: features of one group, whoever holds them.
     """
 
-    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    alone = True
+
+    def __init__(self, over: Literal["features", "tokens"], group: int = 0) -> None:
+        super().__init__()
+        self.over: Literal["features", "tokens"] = over
+        self.group = group
+
+    def forward(self, x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         """The statistic is complete already."""
         return x
 
 
 class Lookup(nn.Module):
-    """Rows of a (sharded) token table."""
+    """Rows of a (sharded) token table, as residual activations."""
 
     def forward(
         self, ids: Int[Tensor, " tokens"], weight: Float[Tensor, "vocab embed"]
     ) -> Float[Tensor, "tokens embed"]:
-        """The table is whole."""
-        return F.embedding(ids, weight)
+        """The table is whole; a negative id (no token there) gives zeros."""
+        return F.embedding(ids.clamp_min(0), weight).masked_fill((ids < 0).unsqueeze(-1), 0.0)
 
 
 class Attend(nn.Module):
@@ -162,11 +187,15 @@ class Loss(nn.Module):
 
     def forward(
         self,
-        hidden: Float[Tensor, "tokens embed"],
-        weight: Float[Tensor, "vocab embed"],
+        hidden: Float[Tensor, "rows embed"],
+        weight: Float[Tensor, "vocab width"],
         targets: Int[Tensor, " tokens"],
         scale: float,
         chunk: int,
     ) -> Float[Tensor, ""]:
-        """``scale`` times the summed loss of targets >= 0; the vocabulary is whole."""
+        """``scale`` times the summed loss of targets >= 0; the vocabulary is whole.
+
+        Under a layout ``targets`` are those of the whole run of tokens, ``hidden`` this rank's part of it and
+        the result its part of the sum.
+        """
         return linear_cross_entropy(hidden, weight, targets, chunk=chunk, scale=scale)

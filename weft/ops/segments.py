@@ -39,7 +39,7 @@ class Segments:
         return self._keep("ids", device, self._make_ids)
 
     def _make_ids(self) -> Tensor:
-        return torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths))
+        return torch.repeat_interleave(torch.tensor(self.lengths, dtype=torch.int64))
 
     def _keep(self, name: str, device: torch.device, make) -> Tensor:  # noqa: ANN001
         key = (name, device)

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from weft.config.env import local_rank, world_size
-from weft.parallel.comm import C10dComm, Comm, SingleComm
+from weft.parallel.c10d import C10dComm
+from weft.parallel.comm import Comm, SingleComm
 
 
 @contextmanager
@@ -28,6 +29,6 @@ def connected(device: torch.device, timeout: float = 1800.0) -> Iterator[Comm]:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
-        yield C10dComm()
+        yield C10dComm(timeout=timeout)
     finally:
         dist.destroy_process_group()

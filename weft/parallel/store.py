@@ -1,90 +1,256 @@
-"""How parameters rest: flat buffers that the optimizer, the gradient sum and the norm work on.
+"""How parameters rest between uses: whole, or cut over ranks (ZeRO, arXiv 1910.02054), by level.
 
-One buffer per (dtype, weight decay). Parameters are views into it, so one fused optimizer call,
-one all-reduce and one norm serve the whole model. Under bf16 a float32 master copy rests beside
-the parameters, and gradients add up in float32.
+    0  everything whole on every rank
+    1  optimizer state and master values cut; gradients are reduced and parameters gathered once per step
+    2  gradients too: those of a unit are reduced as soon as its backward pass is over
+    3  parameters too: those of a unit are whole between ``gather`` and ``free`` only
+
+The gradient of every box is the sum over all ranks that hold it: a reduce-scatter over the store group, then
+an all-reduce over the ranks with the same part. Under bf16 a float32 master copy rests beside the parameters,
+and gradients add up in float32.
+
+Collectives of units are asynchronous: on a GPU they run on the streams of their communicator. All ranks of a
+store group use the same units in the same order; one without tokens runs with zero tokens.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
 
-from weft.parallel.comm import Comm
+from weft.parallel.comm import Pending, SingleComm
+from weft.parallel.flat import Flat, Section, Slot, Stored, aligned, copies, slots
+from weft.parallel.mesh import Mesh, mesh_of
+from weft.parallel.units import Divided, Foresight, unit_of, watch
+from weft.spec.layout import PlanConfig
 from weft.spec.param import ParamSpec
 from weft.spec.precision import PRECISIONS
 
-
-@dataclass
-class Flat:
-    """Parameters that rest together.
-
-    Attributes:
-        specs: their specs, in buffer order.
-        compute: what layers read (parameters are views into it).
-        master: what the optimizer writes; the same memory where the dtypes are the same.
-        grad: summed gradients.
-        decay: whether weight decay applies.
-    """
-
-    specs: list[ParamSpec]
-    compute: Tensor
-    master: Tensor
-    grad: Tensor
-    decay: bool
-
-    def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """Each parameter's part of a tensor shaped like this buffer, by name."""
-        parts = flat.split([spec.numel for spec in self.specs])
-        return {spec.name: part.view(spec.shape) for spec, part in zip(self.specs, parts, strict=True)}
+Values = Callable[[Flat], Tensor]
+"""A tensor like the shard of a flat: its ``master``, its ``grad``, a moment."""
 
 
 class Store:
-    """All trainable parameters of a model, flat."""
+    """All trainable parameters of a model, flat; a collective call.
 
-    def __init__(self, model: nn.Module, specs: Iterable[ParamSpec], precision: str) -> None:
-        policy = PRECISIONS[precision]
-        self.master_dtype: torch.dtype = getattr(torch, policy.master)
-        params = {spec.name: (spec, model.get_parameter(spec.name)) for spec in specs if not spec.buffer}
-        groups: dict[tuple[bool, torch.dtype], list[ParamSpec]] = {}
-        for spec, param in params.values():
-            groups.setdefault((spec.decay, param.dtype), []).append(spec)
-        self.flats = [self._flatten(members, params, decay) for (decay, _), members in groups.items()]
+    Args:
+        model: the tensors of this rank; one that is not ``Divided`` is one unit.
+        specs: its parameters.
+        precision: a name of ``PRECISIONS``.
+        mesh: the layout; one rank by default.
 
-    def _flatten(
-        self, specs: list[ParamSpec], params: dict[str, tuple[ParamSpec, nn.Parameter]], decay: bool
-    ) -> Flat:
-        tensors = [params[spec.name][1] for spec in specs]
-        compute = torch.cat([tensor.detach().flatten() for tensor in tensors])
-        same = compute.dtype == self.master_dtype
-        master = compute if same else compute.to(self.master_dtype)
-        flat = Flat(specs, compute, master, torch.zeros_like(master), decay)
-        values, grads = flat.views(compute), flat.views(flat.grad)
-        for spec, tensor in zip(specs, tensors, strict=True):
-            tensor.data = values[spec.name]
-            if same:
-                tensor.grad = grads[spec.name]  # autograd adds into it in place
-            else:
-                tensor.register_post_accumulate_grad_hook(_adder(grads[spec.name]))
+    Attributes:
+        level: of the layout; 0 where only one rank shares a copy.
+        names: of the parameters.
+        flats: what the optimizer sees.
+    """
+
+    def __init__(
+        self, model: nn.Module, specs: Iterable[ParamSpec], precision: str, mesh: Mesh | None = None
+    ) -> None:
+        self.mesh = mesh or mesh_of(PlanConfig(), SingleComm())
+        self.comm = self.mesh.store
+        config = self.mesh.layout.store
+        self.level = config.level if self.comm.size > 1 else 0
+        self.master_dtype: torch.dtype = getattr(torch, PRECISIONS[precision].master)
+        self._copies = lru_cache(partial(copies, self.mesh))
+        self._params = {s.name: (s, model.get_parameter(s.name)) for s in specs if not s.buffer}
+        self.names = tuple(self._params)
+        units = model.units() if self.level > 1 and isinstance(model, Divided) else {"": model}
+        self._sections: dict[str, list[tuple[Flat, Section]]] = {unit: [] for unit in units}
+        self.flats = [self._flat(*key, members) for key, members in self._alike(units).items()]
+        self._moving: list[tuple[Tensor, Pending]] = []
+        self._open: Counter[str] = Counter()  # uses whose gradients are to come
+        self._held: Counter[str] = Counter()  # uses that need the parameters now
+        self._here: dict[str, list[Pending]] = {}  # units with memory, and what they still wait for
+        self._ahead: tuple[str, ...] = ()
+        self._foresight = Foresight(config.prefetch)
+        if self.level > 1:
+            owners = {id(param): unit_of(name, units) for name, (_, param) in self._params.items()}
+            watch(model, units, owners, self)
+
+    def _alike(self, units: Iterable[str]) -> dict[tuple[bool, torch.dtype], dict[str, list[ParamSpec]]]:
+        """Specs by what the optimizer does with them and by unit, units in their order."""
+        found: dict[tuple[bool, torch.dtype], dict[str, list[ParamSpec]]] = {}
+        for name, (spec, param) in self._params.items():
+            members = found.setdefault((spec.decay, param.dtype), {unit: [] for unit in units})
+            members[unit_of(name, units)].append(spec)
+        return found
+
+    def _flat(self, decay: bool, dtype: torch.dtype, members: dict[str, list[ParamSpec]]) -> Flat:
+        sections: dict[str, Section] = {}
+        parts: list[Tensor] = []
+        for unit, specs in members.items():
+            if specs:
+                sections[unit] = section = self._section(specs, sum(map(len, parts)))
+                parts.append(section.own() if self.level == 0 else section.own().clone())
+                if self.level == 3:
+                    section.resize(0)
+        shard = parts[0] if self.level == 0 else torch.cat(parts)
+        master = shard if dtype == self.master_dtype else shard.to(self.master_dtype)
+        grad = next(iter(sections.values())).total if self.level == 0 else torch.zeros_like(master)
+        flat = Flat(self.mesh.rank, decay, list(sections.values()), shard, master, grad)
+        for unit, section in sections.items():
+            self._sections[unit].append((flat, section))
         return flat
 
+    def _section(self, specs: list[ParamSpec], start: int) -> Section:
+        """Move parameters into one buffer."""
+        places = slots(specs, self.mesh, self._copies)
+        params = [self._params[spec.name][1] for spec in specs]
+        for box in (box for slot in places for box in slot.boxes if box.box.numel):
+            self.mesh.comm.group(box.ranks)  # made now, by all their members in the same order
+        width = aligned(-(-places[-1].end // self.comm.size))
+        compute = params[0].detach().new_zeros(width * self.comm.size)
+        total = torch.zeros_like(compute, dtype=self.master_dtype) if self.level < 2 else compute.new_zeros(0)
+        section = Section(places, params, self.comm.rank * width, width, start, compute, total)
+        for param, view in zip(params, section.views(compute), strict=True):
+            param.data = view.copy_(param.detach())
+        if self.level < 2:
+            for param, view in zip(params, section.views(total), strict=True):
+                if param.dtype == view.dtype:
+                    param.grad = view  # autograd adds into it in place
+                else:
+                    param.register_post_accumulate_grad_hook(_adder(view))
+        return section
+
+    # What a schedule calls, or else the hooks of units.
+
+    def gather(self, unit: str, learn: bool = True) -> None:
+        """Make the parameters of a unit whole until as many calls of ``free``; begin with those that come.
+
+        Args:
+            unit: its name.
+            learn: the use comes again at the same point of the next microbatch.
+        """
+        if self.level < 3:
+            return
+        self._hold(unit)
+        before, self._ahead = self._ahead, self._foresight.use(unit, learn)
+        for other in before:
+            self._drop(other)
+        for other in self._ahead:
+            self._fetch(other)
+        self._arrive(unit)
+
+    def free(self, unit: str) -> None:
+        """Give back the memory of a unit's parameters, unless another use needs them or soon will."""
+        if self._held[unit]:
+            self._held[unit] -= 1
+            self._drop(unit)
+
+    def begin(self, unit: str) -> None:
+        """A use of a unit begins that will give gradients."""
+        self._open[unit] += 1
+
+    def finish(self, unit: str) -> None:
+        """All gradients of a use are there; the last one of a unit's open uses reduces it."""
+        self._open[unit] -= 1
+        if not self._open[unit]:  # autograd adds up the gradients of all uses before it hands them over
+            self.reduce_unit(unit)
+
+    def reduce_unit(self, unit: str) -> None:
+        """Begin to sum the gradients of a unit over the store group."""
+        if self.level < 2:
+            return
+        del self._open[unit]
+        self._settle()
+        for flat, section in self._sections[unit]:
+            rows = section.take_gradients(self.master_dtype).view(self.comm.size, -1)
+            self._moving.append((section.part(flat.grad), self.comm.start_reduce_scatter(rows)))
+
+    def end_microbatch(self) -> None:
+        """After the backward pass of a microbatch: reduce what is left, free what was gathered ahead."""
+        for unit in list(self._open):
+            self.reduce_unit(unit)
+        self._forget()
+        self._foresight.end()
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """All parameters are whole inside, for what reads them outside of units; a collective call."""
+        units = list(self._sections) if self.level == 3 else []
+        for unit in units:
+            self._hold(unit)
+        for unit in units:
+            self._arrive(unit)
+        try:
+            yield
+        finally:
+            for unit in units:
+                self.free(unit)
+
+    def _hold(self, unit: str) -> None:
+        self._held[unit] += 1
+        self._fetch(unit)
+
+    def _fetch(self, unit: str) -> None:
+        """Begin to gather, if nobody has."""
+        if unit in self._here:
+            return
+        self._here[unit] = []
+        for flat, section in self._sections[unit]:
+            section.resize(section.compute.numel())
+            self._here[unit].append(self._spread(flat, section))
+
+    def _spread(self, flat: Flat, section: Section) -> Pending:
+        return self.comm.start_all_gather(section.part(flat.shard), section.compute)
+
+    def _arrive(self, unit: str) -> None:
+        for pending in self._here[unit]:
+            pending.wait()
+        self._here[unit].clear()
+
+    def _drop(self, unit: str) -> None:
+        if unit in self._here and not self._held[unit] and unit not in self._ahead:
+            self._arrive(unit)
+            del self._here[unit]
+            for _, section in self._sections[unit]:
+                section.resize(0)
+
+    def _forget(self) -> None:
+        """No use is under way, and none is expected."""
+        self._held.clear()
+        self._ahead = ()
+        for unit in list(self._here):
+            self._drop(unit)
+
+    def _settle(self) -> None:
+        for part, pending in self._moving:
+            part += pending.wait()
+        self._moving.clear()
+
+    # What a training step calls.
+
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Forget the gradients, and whatever a step that failed has left."""
+        self._moving.clear()
+        self._open.clear()
+        self._forget()
         for flat in self.flats:
             flat.grad.zero_()
+            for section in flat.sections:
+                section.total.zero_()
+                for param in section.params if self.level > 1 else ():
+                    param.grad = None
 
-    def reduce(self, comm: Comm) -> None:
-        """Sum gradients over ranks."""
-        if comm.size > 1:
-            for flat in self.flats:
-                comm.all_reduce(flat.grad)
+    def reduce(self) -> None:
+        """Sum the gradients of a step over ranks, after its last microbatch."""
+        self.end_microbatch()
+        self._settle()
+        for flat in self.flats:
+            if self.level == 1:
+                total = flat.sections[0].total  # all units are one
+                flat.grad.copy_(self.comm.reduce_scatter(total.view(self.comm.size, -1)))
+            flat.sum_copies(self.mesh.comm.group)
 
     def norm(self) -> Tensor:
-        """Global L2 norm of the gradient."""
-        return torch.linalg.vector_norm(
-            torch.stack([torch.linalg.vector_norm(flat.grad) for flat in self.flats])
-        )
+        """Global L2 norm of the gradient: every box of every parameter once."""
+        squares = torch.stack([flat.square() for flat in self.flats]).sum()
+        return self.mesh.comm.all_reduce(squares).sqrt().to(self.master_dtype)
 
     def scale(self, factor: Tensor) -> None:
         """Multiply the gradient."""
@@ -92,16 +258,49 @@ class Store:
             flat.grad.mul_(factor)
 
     def adopt(self) -> None:
-        """Copy what layers read to master values, where the two differ."""
+        """Begin from what was written to ``shard``: copy it to master values and to what layers read."""
         for flat in self.flats:
-            if flat.master is not flat.compute:
-                flat.master.copy_(flat.compute)
+            if flat.master is not flat.shard:
+                flat.master.copy_(flat.shard)
+        self.publish()
 
     def publish(self) -> None:
-        """Copy master values to what layers read, where the two differ."""
+        """Copy master values to what layers read."""
+        self._forget()
         for flat in self.flats:
-            if flat.master is not flat.compute:
-                flat.compute.copy_(flat.master)
+            if flat.master is not flat.shard:
+                flat.shard.copy_(flat.master)
+        if self.level in (1, 2):
+            pairs = [pair for pairs in self._sections.values() for pair in pairs]
+            for pending in [self._spread(*pair) for pair in pairs]:
+                pending.wait()
+
+    # What checkpoints and optimizers of whole matrices call.
+
+    def pieces(self, values: Values) -> Iterator[Stored]:
+        """The boxes of every parameter that this rank's shards have, in the order of the flats."""
+        for flat in self.flats:
+            yield from flat.pieces(values(flat))
+
+    def whole(self, name: str, values: Values) -> Tensor:
+        """This rank's tensor of a parameter, put together from the store group; a collective call of it."""
+        flat, section, slot = self._find(name)
+        edges = [min(max(i * section.width, slot.start), slot.stop) for i in range(self.comm.size + 1)]
+        lengths = [last - first for first, last in zip(edges, edges[1:], strict=False)]
+        first = edges[self.comm.rank] - section.first
+        own = section.part(values(flat))[first : first + lengths[self.comm.rank]]
+        row = own.new_zeros(max(lengths))
+        row[: len(own)] = own
+        rows = self.comm.all_gather(row)
+        return torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)]).view(slot.shape)
+
+    def _find(self, name: str) -> tuple[Flat, Section, Slot]:
+        for flat in self.flats:
+            for section in flat.sections:
+                for slot in section.slots:
+                    if slot.spec.name == name:
+                        return flat, section, slot
+        raise KeyError(name)
 
 
 def _adder(total: Tensor):  # noqa: ANN202 - the hook type torch expects

@@ -11,7 +11,8 @@ from weft import __version__
 from weft.config import env
 from weft.config.errors import ConfigError, Problem, WeftError
 from weft.config.resolve import Resolved, file_layer, override_layer, resolve
-from weft.data.preflight import check_sources
+from weft.recipes.compare_verb import EXAMPLE as PLANS_EXAMPLE
+from weft.recipes.compare_verb import add_arguments, parse_sides
 from weft.recipes.registry import RECIPES, build
 from weft.spec.run import RunConfig
 
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"weft {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True, dest="name")
-    for add in (_train, _generate, _import, _export, _compare, _data, _report):
+    for add in (_train, _plan, _generate, _import, _export, _compare, _data, _report):
         add(verbs)
     return parser
 
@@ -99,17 +100,25 @@ def _files(arguments: argparse.Namespace) -> list[str]:
     return [word for path in arguments.config for word in ("--config", path)]
 
 
-def resolve_run(arguments: argparse.Namespace) -> Resolved[RunConfig]:
+def resolve_run(arguments: argparse.Namespace, overrides: Sequence[str] = ()) -> Resolved[RunConfig]:
     """The run that recipe, files and overrides describe."""
     base = build(arguments.recipe)
     layers = [file_layer(path) for path in arguments.config]
-    layers.append(override_layer(RunConfig, arguments.overrides))
-    resolved = resolve(base, layers, f"recipe {arguments.recipe}")
-    config = resolved.config
+    layers.append(override_layer(RunConfig, [*arguments.overrides, *overrides]))
+    return resolve(base, layers, f"recipe {arguments.recipe}")
+
+
+def _refuse_missing(config: RunConfig) -> None:
+    """Stop where data is named that is not there or cannot be used."""
+    from weft.data.preflight import check_sources
+
     wrong = [problem.under("data") for problem in check_sources(config.data, config.model.vocab_size)]
     if wrong:
         raise ConfigError(wrong)
-    return resolved
+
+
+def _words(arguments: argparse.Namespace) -> str:
+    return shlex.join([arguments.recipe, *_files(arguments), *arguments.overrides])
 
 
 def _next(*lines: str) -> None:
@@ -119,12 +128,16 @@ def _next(*lines: str) -> None:
 
 def _train(verbs: Verbs) -> None:
     def run(arguments: argparse.Namespace) -> int:
+        from weft.recipes.plan_verb import fitting_plan, launcher
+
         resolved = resolve_run(arguments)
+        plan = fitting_plan(resolved, env.world_size(), to_run=True)
+        _refuse_missing(resolved.config)
         if arguments.dry_run:
             from weft.recipes.show import show_run
 
-            show_run(resolved)
-            _next(shlex.join(["weft", "train", arguments.recipe, *_files(arguments), *arguments.overrides]))
+            show_run(resolved, plan)
+            _next(f"{launcher(plan.world)} train {_words(arguments)}")
             return 0
         from weft.train.run import train
 
@@ -138,6 +151,50 @@ def _train(verbs: Verbs) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="show every value, its origin and the cost; do nothing"
     )
+
+
+def _plan(verbs: Verbs) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        from weft.recipes.plan_verb import plan_report
+        from weft.recipes.show import show_tables
+
+        arguments.ranks = arguments.ranks or env.world_size()
+        other = None
+        if arguments.diff or arguments.diff_ranks:
+            changes = [word if "=" in word else f"plan={word}" for word in arguments.diff]
+            other = resolve_run(arguments, changes)
+        report = plan_report(arguments, resolve_run(arguments), other, _words(arguments))
+        show_tables(report.tables)
+        print(*report.notes, sep="\n", end="\n" * bool(report.notes))
+        _next(*report.next)
+        return 0
+
+    example = (
+        "weft plan nemotron3_super_pretrain --ranks 64 plan.decoder.tp=8 plan.decoder.store.level=3 --show"
+    )
+    parser = _verb(
+        verbs, "plan", run, "check where each part of a model runs, and show who holds what", example
+    )
+    _settings(parser)
+    add = parser.add_argument
+    add("--ranks", metavar="N", type=_positive, help="ranks of the run; default: WORLD_SIZE or 1")
+    add("--show", action="store_true", help="grids, groups, the cut of every parameter, memory")
+    add(
+        "--diff",
+        metavar="FILE|section.name=value",
+        action="append",
+        default=[],
+        help="compare with another plan: what changes, and the bytes that ranks receive; repeatable",
+    )
+    add("--diff-ranks", metavar="N", type=_positive, help="ranks of the other plan; default: the same")
+    add("--picture", metavar="FILE.svg", type=Path, help="draw both grids")
+    add("--save", metavar="FILE.yaml", type=Path, help="write the plan; plan=FILE.yaml uses it")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text!r}")
+    return int(text)
 
 
 def _generate(verbs: Verbs) -> None:
@@ -227,29 +284,59 @@ def _export(verbs: Verbs) -> None:
 
 def _compare(verbs: Verbs) -> None:
     def run(arguments: argparse.Namespace) -> int:
+        if arguments.plan:
+            return _compare_plans(arguments)
+        if len(arguments.overrides) != 1:
+            raise ConfigError([Problem("compare", "name HF_DIR and CKPT, or a recipe and two --plan")])
         if not arguments.prompt and not arguments.token_ids:
             raise ConfigError(
                 [Problem("compare", "nothing to compare on; give --prompt TEXT or --token-ids 1,2,3")]
             )
         from weft.infer.compare import compare
 
-        return compare(arguments.hf_dir, arguments.ckpt, arguments.token_ids, arguments.prompt)
+        hf_dir, ckpt = Path(arguments.recipe), Path(arguments.overrides[0])
+        return compare(hf_dir, ckpt, arguments.token_ids, arguments.prompt)
 
-    example = "weft compare runs/stdlib_lm/export runs/stdlib_lm --token-ids 1,2,3"
-    about = "run a Hugging Face model and a checkpoint on the same tokens; exit status 0 only if they agree"
+    example = f"weft compare runs/stdlib_lm/export runs/stdlib_lm --token-ids 1,2,3\n  {PLANS_EXAMPLE}"
+    about = (
+        "run a Hugging Face model and a checkpoint on the same tokens, or a recipe under two plans; exit "
+        "status 0 only if they agree"
+    )
     parser = _verb(verbs, "compare", run, about, example)
-    parser.add_argument("hf_dir", metavar="HF_DIR", type=Path, help="directory that transformers can load")
-    parser.add_argument("ckpt", metavar="CKPT", type=Path, help="run or step directory")
+    parser.add_argument(
+        "recipe", metavar="HF_DIR|RECIPE", help="directory that transformers can load; a recipe with --plan"
+    )
+    parser.add_argument(
+        "overrides",
+        metavar="CKPT|section.name=value",
+        nargs="*",
+        help="run or step directory; settings over recipe and files with --plan",
+    )
     _prompts(parser)
+    add_arguments(parser)
+
+
+def _compare_plans(arguments: argparse.Namespace) -> int:
+    config = resolve_run(arguments).config
+    sides = parse_sides(arguments.plan, config)
+    if not arguments.mock:
+        _refuse_missing(config)
+    from weft.recipes.compare_plans import compare_plans
+
+    words = shlex.split(_words(arguments))
+    status, following = compare_plans(config, sides, arguments.precision, arguments.mock, words)
+    _next(*following)
+    return status
 
 
 def _data(verbs: Verbs) -> None:
     def run(arguments: argparse.Namespace) -> int:
         config = resolve_run(arguments).config
+        _refuse_missing(config)
         from weft.data.corpus import build_corpus
 
         corpus = build_corpus(config.data, config.model.vocab_size, config.cache, print)
-        words = shlex.join([arguments.recipe, *_files(arguments), *arguments.overrides])
+        words = _words(arguments)
         if arguments.action == "build":
             for split in corpus.splits.values():
                 print(f"{split.name}: {split.documents:,} documents, {split.tokens:,} tokens")

@@ -1,26 +1,50 @@
 """What a run would be: every value with its origin, and what its model costs."""
 
+import sys
 from collections.abc import Sequence
-
-from rich.console import Console
-from rich.table import Table
+from dataclasses import replace
 
 from weft.config.load import to_dict
 from weft.config.resolve import Resolved, leaves
 from weft.config.text import dump_value
+from weft.plan.layout import Plan
+from weft.plan.show import Table, as_text, bytes_words, summary
 from weft.spec.count import count, mean_context, state_bytes, training_flops_per_token
 from weft.spec.run import RunConfig
 
 Row = tuple[str, ...]
 
 
-def show_run(resolved: Resolved[RunConfig]) -> None:
-    """Print values and costs: tables on a terminal, aligned lines without colour elsewhere."""
-    console = Console(markup=False, highlight=False)
+def show_run(resolved: Resolved[RunConfig], plan: Plan) -> None:
+    """Print values, costs and the plan."""
     values = [(path, dump_value(v), resolved.origins[path]) for path, v in leaves(to_dict(resolved.config))]
-    _table(("setting", "value", "from"), values, console)
-    console.print()
-    _table(("cost", "value"), costs(resolved.config), console)
+    show_tables(
+        [
+            Table("", ("setting", "value", "from"), tuple(values)),
+            Table("", ("cost", "value"), tuple(costs(resolved.config))),
+            replace(summary(resolved.config, plan), head=("plan", "value")),
+        ]
+    )
+
+
+def show_tables(tables: Sequence[Table]) -> None:
+    """Print tables: with colour on a terminal, as aligned text without heads elsewhere."""
+    if not sys.stdout.isatty():
+        sys.stdout.write(as_text(tables))
+        return
+    from rich.console import Console
+    from rich.table import Table as Grid
+
+    console = Console(markup=False, highlight=False)
+    for i, table in enumerate(tables):
+        grid = Grid(*table.head, box=None, pad_edge=False, header_style="bold", show_header=any(table.head))
+        for line, row in enumerate(table.rows):
+            faint = "dim" if row[-1] == "default" else ""
+            grid.add_row(*row, style=_COLOURS[line % len(_COLOURS)] if table.picture else faint)
+        console.print(*([""] if i else []), *([table.title] if table.title else []), grid, sep="\n")
+
+
+_COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "red")  # of the lines of a picture
 
 
 def costs(config: RunConfig) -> list[Row]:
@@ -37,30 +61,11 @@ def costs(config: RunConfig) -> list[Row]:
         ("tokens per step", f"{tokens:,}"),
         ("tokens of the run", f"{tokens * train.train_iters:,}"),
         ("training FLOPs of the run", f"{flops * tokens * train.train_iters:.4g}"),
-        ("weights, gradients, moments", f"{_size(state_bytes(model, train.precision))} in {train.precision}"),
+        (
+            "weights, gradients, moments",
+            f"{bytes_words(state_bytes(model, train.precision))} in {train.precision}",
+        ),
     ]
     if counts.mtp:
         rows.insert(1, ("parameters without MTP", f"{counts.main:,}"))
     return rows
-
-
-def _size(count_of_bytes: int) -> str:
-    size = float(count_of_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} TiB"
-
-
-def _table(head: Row, rows: Sequence[Row], console: Console) -> None:
-    if not console.is_terminal:
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        for row in rows:
-            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-            console.file.write("  ".join(cells).rstrip() + "\n")
-        return
-    table = Table(*head, box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        table.add_row(*row, style="dim" if row[-1] == "default" else "")
-    console.print(table)

@@ -65,6 +65,37 @@ def training_flops_per_token(model: HybridConfig, context: float) -> float:
     return 3.0 * forward
 
 
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes that training keeps for each element of a parameter.
+
+    Attributes:
+        weight: what layers read.
+        gradient: sums over microbatches and ranks.
+        master: the optimizer's copy, where layers read another dtype.
+        moments: the two moments of AdamW.
+    """
+
+    weight: int
+    gradient: int
+    master: int
+    moments: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weight + self.gradient + self.master + self.moments
+
+
+def state_of(spec: ParamSpec, precision: str) -> StateBytes:
+    """What training keeps for each element of ``spec`` under a policy, named as in ``PRECISIONS``."""
+    policy = PRECISIONS[precision]
+    weight, master = _BYTES[policy.of(spec.fp32)], _BYTES[policy.master]
+    if spec.buffer:
+        return StateBytes(weight, 0, 0, 0)
+    return StateBytes(weight, master, master if policy.of(spec.fp32) != policy.master else 0, 2 * master)
+
+
 def state_bytes(model: HybridConfig, precision: str) -> int:
     """Bytes of everything that training keeps per parameter: weights, gradients, master copy, two moments.
 
@@ -72,16 +103,7 @@ def state_bytes(model: HybridConfig, precision: str) -> int:
         model: the hybrid decoder.
         precision: a name of ``PRECISIONS``.
     """
-    policy = PRECISIONS[precision]
-    total = 0
-    for spec in model.params():
-        weight = policy.of(spec.fp32)
-        kept = _BYTES[weight]
-        if not spec.buffer:
-            master = _BYTES[policy.master]
-            kept += 3 * master + (master if weight != policy.master else 0)
-        total += kept * spec.numel
-    return total
+    return sum(state_of(spec, precision).total * spec.numel for spec in model.params())
 
 
 def _numel(specs: Iterable[ParamSpec]) -> int:

@@ -67,7 +67,7 @@ class MTPDepthConfig(Config):
     @property
     def norm(self) -> NormConfig:
         """Shape of ``enorm``, ``hnorm`` and the final ``norm``."""
-        return NormConfig(dims=dim("embed", self.embed), eps=self.eps)
+        return NormConfig(dims=dim("embed", self.embed), eps=self.eps, group=self.embed)
 
     @property
     def eh_proj(self) -> LinearConfig:
@@ -238,7 +238,8 @@ class HybridConfig(Config):
     @property
     def norm(self) -> NormConfig:
         """Norm over the residual width."""
-        return NormConfig(dims=dim("embed", self.hidden_size), eps=self.layer_norm_epsilon)
+        width = self.hidden_size
+        return NormConfig(dims=dim("embed", width), eps=self.layer_norm_epsilon, group=width)
 
     @property
     def embedding(self) -> EmbeddingConfig:

@@ -23,11 +23,11 @@ class LinearConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class NormConfig(Config):
-    """RMSNorm over ``dims``, optionally in groups of ``group`` elements."""
+    """RMSNorm over ``dims``, in groups of ``group`` elements."""
 
     dims: Dim
     eps: float
-    group: int = setting(0, "elements normalized together; 0 is all of them")
+    group: int = setting(doc="elements normalized together, whoever holds them", ge=1)
 
     def params(self) -> tuple[ParamSpec, ...]:
         """The weight, never decayed."""
@@ -42,7 +42,7 @@ def _named(**children: LinearConfig | NormConfig) -> tuple[ParamSpec, ...]:
 class MixerConfig(Config):
     """What every residual branch has: the width it reads and writes, and its initial scale."""
 
-    embed: int = setting(doc="residual width", ge=1)
+    embed: int = setting(doc="residual width", ge=1, dim="embed")
     std: float = setting(0.02, "standard deviation of initial weights", ge=0)
     out_std: float = setting(0.02, "standard deviation of the projection back to the residual", ge=0)
 
@@ -63,9 +63,9 @@ class MixerConfig(Config):
 class MambaConfig(MixerConfig):
     """Mamba-2 mixer (Dao and Gu 2024, arXiv 2405.21060), gated group norm after the scan."""
 
-    heads: int = setting(doc="scan heads", ge=1)
+    heads: int = setting(doc="scan heads", ge=1, dim="heads")
     head_dim: int = setting(doc="channels per head", ge=1)
-    groups: int = setting(doc="B/C groups, shared by heads/groups heads each", ge=1)
+    groups: int = setting(doc="B/C groups, shared by heads/groups heads each", ge=1, dim="groups")
     state: int = setting(doc="state size per channel", ge=1)
     conv: int = setting(4, "taps of the depthwise causal convolution", ge=1)
     chunk: int = setting(128, "tokens per chunk of the scan", ge=1)
@@ -149,8 +149,8 @@ class MambaConfig(MixerConfig):
 class AttentionConfig(MixerConfig):
     """Causal grouped-query attention without positional encoding (Ainslie et al. 2023)."""
 
-    heads: int = setting(doc="query heads", ge=1)
-    kv_heads: int = setting(doc="key and value heads", ge=1)
+    heads: int = setting(doc="query heads", ge=1, dim="heads")
+    kv_heads: int = setting(doc="key and value heads", ge=1, dim="kv_heads")
     head_dim: int = setting(doc="channels per head", ge=1)
 
     def check(self) -> Iterator[Problem]:
@@ -190,7 +190,7 @@ class AttentionConfig(MixerConfig):
 class MLPConfig(MixerConfig):
     """Squared-ReLU MLP (So et al. 2021), not gated: ``down(relu(up(x))^2)``."""
 
-    mlp: int = setting(doc="inner width", ge=1)
+    mlp: int = setting(doc="inner width", ge=1, dim="mlp")
 
     @property
     def up_proj(self) -> LinearConfig:
@@ -215,7 +215,7 @@ class MLPConfig(MixerConfig):
 class RouterConfig(Config):
     """Sigmoid router with correction bias and group limit (DeepSeek-V3, arXiv 2412.19437, 2.1.2)."""
 
-    embed: int = setting(doc="residual width", ge=1)
+    embed: int = setting(doc="residual width", ge=1, dim="embed")
     experts: int = setting(doc="routed experts", ge=1)
     top_k: int = setting(doc="experts per token", ge=1)
     expert_groups: int = setting(1, "groups of experts for group-limited routing", ge=1)
@@ -259,7 +259,7 @@ class MoEConfig(MixerConfig):
     router: RouterConfig = setting(doc="the router")
     mlp: int = setting(doc="inner width of one expert", ge=1)
     latent: int = setting(0, "width in which experts work; 0 is the residual width", ge=0)
-    shared_mlp: int = setting(0, "inner width of the shared expert; 0 is none", ge=0)
+    shared_mlp: int = setting(0, "inner width of the shared expert; 0 is none", ge=0, dim="mlp")
 
     @property
     def width(self) -> int:
@@ -288,8 +288,8 @@ class MoEConfig(MixerConfig):
 
     def params(self) -> tuple[ParamSpec, ...]:
         """Router, stacked experts, shared expert and latent projections."""
-        width = dim("latent" if self.latent else "embed", self.width)
-        experts, mlp = dim("experts", self.experts), dim("mlp", self.mlp)
+        width = dim("latent" if self.latent else "width", self.width)
+        experts, mlp = dim("experts", self.experts), dim("expert_mlp", self.mlp)
         down_std = self.std if self.latent else self.out_std
         specs = [p.under("router") for p in self.router.params()]
         specs.append(ParamSpec("experts.up_proj", (experts, mlp, width), Init("normal", self.std)))

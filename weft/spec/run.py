@@ -9,6 +9,7 @@ from weft.config.base import Config, setting
 from weft.config.errors import Problem
 from weft.spec.data import DataConfig
 from weft.spec.hybrid import HybridConfig
+from weft.spec.layout import PlanConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,15 @@ class RunSettings(Config):
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes CUDA where there is a device")
     threads: int = setting(0, "CPU threads of this process; 0 leaves torch's choice", ge=0)
     deterministic: bool = setting(False, "refuse operations that are not deterministic on the device")
+    watchdog: float = setting(
+        10.0, "seconds of silence after which a rank counts as lost and the run stops; 0 is off", ge=0
+    )
+    stall: float = setting(
+        1800.0,
+        "seconds without a step, a save or a microbatch of evaluation on any rank after which the run stops "
+        "and prints every rank's stacks; 0 is off",
+        ge=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +39,7 @@ class TrainConfig(Config):
 
     train_iters: int = setting(1000, "optimizer steps", ge=1)
     global_batch_size: int = setting(8, "sequences per optimizer step, all ranks together", ge=1)
-    micro_batch_size: int = setting(8, "sequences per forward pass on one rank", ge=1)
+    micro_batch_size: int = setting(8, "most sequences per forward pass of one reader", ge=1)
     precision: Literal["fp64", "fp32", "bf16"] = setting(
         "fp32", "parameters and arithmetic; bf16 keeps fp32 master weights, gradients, router and SSM state"
     )
@@ -38,14 +48,6 @@ class TrainConfig(Config):
     exit_duration_in_mins: float = setting(
         0.0, "stop (with a checkpoint) after this many minutes of training; 0 is never", ge=0
     )
-
-    def check(self) -> Iterator[Problem]:
-        """Microbatches divide the batch."""
-        if self.global_batch_size % self.micro_batch_size:
-            yield Problem(
-                "micro_batch_size",
-                f"{self.micro_batch_size} does not divide train.global_batch_size = {self.global_batch_size}",
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +132,7 @@ class RunConfig(Config):
     optimizer: OptimizerConfig = setting(OptimizerConfig, "AdamW")
     scheduler: SchedulerConfig = setting(SchedulerConfig, "learning rate")
     checkpoint: CheckpointConfig = setting(CheckpointConfig, "checkpoints")
+    plan: PlanConfig = setting(PlanConfig, "where each part of the model runs")
     logger: LoggerConfig = setting(LoggerConfig, "metrics")
 
     @property

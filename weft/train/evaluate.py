@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from weft.data.batch import Batch
+from weft.data.batch import Batch, empty
 from weft.models.hybrid import HybridLM
-from weft.nn.context import Context
-from weft.parallel.comm import Comm
+from weft.parallel.mesh import Mesh
 from weft.parallel.together import on_every
 from weft.train.objective import check_tokens, to_device
 
@@ -30,24 +29,30 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: HybridLM, batches: Iterable[Batch], comm: Comm, chunk: int) -> Evaluation:
-    """Mean next-token loss over the batches of all ranks; ``chunk`` tokens have logits at a time.
+def evaluate(model: HybridLM, batches: Iterable[Batch], mesh: Mesh, chunk: int) -> Evaluation:
+    """Mean next-token loss over the batches of all readers; ``chunk`` tokens have logits at a time.
+
+    Readers may have different numbers of batches: who has none left goes on with empty ones.
 
     Raises:
         DataError: on every rank, if the batches of one cannot be used.
     """
-    device = model.embed.weight.device
+    device, mine = model.embed.weight.device, iter(batches)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    read: list[Batch] = []
 
-    def share() -> list[float]:
-        sums = torch.zeros(2, dtype=torch.float64, device=device)
-        for batch in batches:
+    def take() -> bool:
+        read[:] = [batch for batch in (next(mine, None),) if batch is not None]
+        for batch in read:
             check_tokens(batch, model.config.vocab_size)
-            tokens, future, mask, segments = to_device(batch, device)
-            hidden = model.hidden(tokens, Context(segments))
-            targets = future[0].masked_fill(~mask[0], -1)
-            sums[0] += model.head.loss(hidden, model.head.weight, targets, 1.0, chunk)
-            sums[1] += batch.targets[0]
-        return sums.tolist()
+        return bool(read)
 
-    nats, count = (sum(part) for part in zip(*on_every(comm, share), strict=True))
+    while any(on_every(mesh.comm, take)):
+        batch = read[0] if read else empty(1)
+        tokens, future, mask, segments = to_device(batch, device)
+        hidden = model.hidden(tokens, model.context(segments))
+        targets = future[:1].masked_fill(~mask[:1], -1)
+        sums[0] += model.head([hidden], targets, [1.0], chunk)[0]
+        sums[1] += batch.targets[0] * mesh.leads
+    nats, count = mesh.comm.all_reduce(sums).tolist()
     return Evaluation(nats / max(1.0, count), int(count))

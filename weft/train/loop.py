@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,13 +13,17 @@ from torch import Tensor
 from weft.config.errors import RunError
 from weft.data.batch import Batch
 from weft.models.hybrid import HybridLM
-from weft.parallel.comm import Comm
+from weft.parallel.flat import Stored
+from weft.parallel.mesh import Mesh
 from weft.parallel.store import Store
+from weft.plan.box import Box
+from weft.plan.shard import share
 from weft.spec.count import mean_context, training_flops_per_token
 from weft.spec.run import RunConfig
 from weft.train.memory import peak_memory
 from weft.train.objective import PARTS, Totals, objective, take, who_read
 from weft.train.optimizer import Optimizer, RouterLoad
+from weft.train.routing import as_text, routing_hash
 from weft.train.schedule import learning_rate
 
 
@@ -46,10 +51,11 @@ class NotFinite(RunError):
 class Trainer:
     """Model, store, optimizer and data of one run on one rank."""
 
-    def __init__(self, config: RunConfig, model: HybridLM, loader: Samples, comm: Comm) -> None:
-        self.config, self.model, self.loader, self.comm = config, model, loader, comm
+    def __init__(self, config: RunConfig, model: HybridLM, loader: Samples, mesh: Mesh) -> None:
+        self.config, self.model, self.loader = config, model, loader
+        self.mesh, self.comm = mesh, mesh.comm
         model.set_recompute(config.train.recompute)
-        self.store = Store(model, config.model.params(), config.train.precision)
+        self.store = Store(model, config.model.params(), config.train.precision, mesh)
         self.optimizer = Optimizer(self.store, config.optimizer)
         self.load = RouterLoad(model)
         self.samples = self.tokens = 0
@@ -58,14 +64,17 @@ class Trainer:
         self._keys = 0.0
 
     def batches(self, samples: int) -> list[Batch]:
-        """This rank's microbatches of the global batch that starts after ``samples`` samples."""
-        train, comm = self.config.train, self.comm
-        share = train.global_batch_size // comm.size
-        first = samples + comm.rank * share
-        return [
-            self.loader.microbatch(start, train.micro_batch_size)
-            for start in range(first, first + share, train.micro_batch_size)
-        ]
+        """This rank's microbatches of the global batch that starts after ``samples`` samples.
+
+        Readers get shares that differ by at most one sample, and all the same number of microbatches, of
+        which some may be empty: what they do together they do equally often.
+        """
+        train, readers = self.config.train, self.mesh.layout.readers
+        mine = share(train.global_batch_size, readers, self.mesh.reader)
+        longest = len(share(train.global_batch_size, readers, 0))
+        parts = -(-longest // train.micro_batch_size)
+        cuts = (share(len(mine), parts, i) for i in range(parts))
+        return [self.loader.microbatch(samples + mine.start + cut.start, len(cut)) for cut in cuts]
 
     @property
     def flops_per_token(self) -> float:
@@ -88,15 +97,16 @@ class Trainer:
         """
         began = time.perf_counter()
         config = self.config
-        taken, totals = take(batches, config.model.vocab_size, self.comm)
-        local, entropies = self._backward(taken, totals)
-        self.store.reduce(self.comm)
+        taken, totals = take(batches, config.model.vocab_size, self.comm, self.mesh.leads)
+        local, entropies, routing = self._backward(taken, totals)
+        self.store.reduce()
         parts = self.comm.all_reduce(local.clone())
         norm = self.store.norm()
         values: dict[str, Any] = dict(zip(PARTS, parts.tolist(), strict=True))
         if entropies:
             spread = self.comm.all_reduce(torch.stack(list(entropies.values()))).tolist()
             values["router_entropy"] = dict(zip(entropies, spread, strict=True))
+            values["routing_hash"] = as_text(self.comm.all_reduce(routing))
         row = {"step": iteration, "loss": self._total(values), **values, "grad_norm": norm.item()}
         row["lr"] = learning_rate(iteration, config.optimizer, config.scheduler, config.train.train_iters)
         self._refuse_nan(row, taken, local)
@@ -105,19 +115,25 @@ class Trainer:
         counts = self.load.finish(self.comm, config.model.router_bias_update_rate)
         return row | self._progress(totals, began) | _load_row(counts)
 
-    def _backward(self, batches: Sequence[Batch], totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gradients of this rank's microbatches; its PARTS, and the entropy of each router."""
+    def _backward(
+        self, batches: Sequence[Batch], totals: Totals
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Gradients of this rank's microbatches; its PARTS, the entropy of each router, the routing hash."""
         self.store.zero_grad()
         entropies: dict[str, Tensor] = {}
-        parts = torch.zeros(len(PARTS), dtype=self.store.master_dtype, device=self.model.embed.weight.device)
+        device = self.model.embed.weight.device
+        parts = torch.zeros(len(PARTS), dtype=self.store.master_dtype, device=device)
+        routing = torch.zeros((), dtype=torch.int64, device=device)
         for batch in batches:
-            loss, share, stats = objective(self.model, batch, totals, self.config.train.loss_chunk)
+            loss, own, losses = objective(self.model, batch, totals, self.config.train.loss_chunk)
             loss.backward()
-            parts += share
-            for key, router in stats.items():
+            self.store.end_microbatch()
+            parts += own
+            routing += routing_hash(self.model, batch, losses)
+            for key, router in losses.stats.items():
                 self.load.add(key, router.counts)
                 entropies[key] = entropies.get(key, 0) + router.entropy / totals.tokens
-        return parts, entropies
+        return parts, entropies, routing
 
     def _progress(self, totals: Totals, began: float) -> dict[str, Any]:
         """Add the step to what has been done; the part of the row that tells it."""
@@ -155,10 +171,15 @@ class Trainer:
             )
             raise NotFinite(message, row)
 
-    def tensors(self, model_tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Everything a checkpoint holds, by name."""
-        named = {f"model/{name}": tensor for name, tensor in model_tensors.items()}
-        return named | self.optimizer.tensors()
+    def pieces(self) -> Iterator[Stored]:
+        """What this rank has of everything that a checkpoint holds, by checkpoint name, as views."""
+        shards = self.store.pieces(lambda flat: flat.shard)
+        yield from (replace(piece, name=f"model/{piece.name}") for piece in shards)
+        for spec in self.config.model.params():
+            if spec.buffer:  # whole and the same on every rank
+                tensor, owned = self.model.get_buffer(spec.name), self.comm.rank == 0
+                yield Stored(f"model/{spec.name}", tensor, Box.whole(spec.shape), spec.shape, owned)
+        yield from self.optimizer.pieces()
 
 
 def _load_row(counts: dict[str, Tensor]) -> dict[str, Any]:

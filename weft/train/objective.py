@@ -15,8 +15,7 @@ from torch import Tensor
 
 from weft.config.errors import DataError, WeftError
 from weft.data.batch import Batch
-from weft.models.hybrid import HybridLM
-from weft.nn.context import RouterStats
+from weft.models.hybrid import HybridLM, Losses
 from weft.ops.segments import Segments
 from weft.parallel.comm import Comm
 from weft.parallel.together import on_every
@@ -40,8 +39,10 @@ class Totals:
     context: float
 
 
-def take(batches: Iterable[Batch], vocab: int, comm: Comm) -> tuple[list[Batch], Totals]:
+def take(batches: Iterable[Batch], vocab: int, comm: Comm, counts: bool = True) -> tuple[list[Batch], Totals]:
     """Read this rank's microbatches of a step, check them, count those of all ranks; a collective call.
+
+    ``counts`` says whether this rank's microbatches count: of ranks that read the same ones, one does.
 
     Raises:
         DataError: on every rank, naming rank and samples: ``batches`` failed or was empty, a token id is
@@ -62,7 +63,7 @@ def take(batches: Iterable[Batch], vocab: int, comm: Comm) -> tuple[list[Batch],
             check_tokens(batch, vocab)
         return taken
 
-    return taken, _count(on_every(comm, lambda: _counts(read())), taken, comm)
+    return taken, _count(on_every(comm, lambda: _counts(read(), counts)), taken, comm)
 
 
 def count(batches: Sequence[Batch], comm: Comm) -> Totals:
@@ -74,11 +75,11 @@ def count(batches: Sequence[Batch], comm: Comm) -> Totals:
     return _count(on_every(comm, lambda: _counts(batches)), batches, comm)
 
 
-def _counts(batches: Sequence[Batch]) -> tuple[list[int], int, float]:
-    """Targets per depth, tokens, and the keys that all tokens together see."""
-    targets = [sum(depth) for depth in zip(*(batch.targets for batch in batches), strict=True)]
-    tokens = sum(len(batch.tokens) for batch in batches)
-    return targets, tokens, tokens * mean_context(tuple(n for batch in batches for n in batch.lengths))
+def _counts(batches: Sequence[Batch], counts: bool = True) -> tuple[list[int], int, float]:
+    """Targets per depth, tokens, and the keys that all tokens together see; zeros where they do not count."""
+    targets = [counts * sum(depth) for depth in zip(*(batch.targets for batch in batches), strict=True)]
+    lengths = tuple(n for batch in batches for n in batch.lengths if n) if counts else ()
+    return targets, sum(lengths), sum(lengths) * mean_context(lengths) if lengths else 0.0
 
 
 def _count(everyone: Sequence[Sequence[Any]], mine: Sequence[Batch], comm: Comm) -> Totals:
@@ -108,6 +109,8 @@ def check_tokens(batch: Batch, vocab: int) -> None:
     Raises:
         DataError: naming the id and the samples.
     """
+    if not len(batch.tokens):
+        return
     largest, least = max(int(batch.tokens.max()), int(batch.future.max())), int(batch.tokens.min())
     if largest >= vocab or least < 0:
         wrong = largest if largest >= vocab else least
@@ -126,8 +129,8 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tenso
 
 def objective(
     model: HybridLM, batch: Batch, totals: Totals, chunk: int
-) -> tuple[Tensor, Tensor, dict[str, RouterStats]]:
-    """One microbatch's share of the loss, its PARTS (detached), and router statistics."""
+) -> tuple[Tensor, Tensor, Losses]:
+    """One microbatch's share of the loss, its PARTS (detached), and everything the model reports."""
     tokens, future, mask, segments = to_device(batch, model.embed.weight.device)
     scales = [1.0 / max(1, n) for n in totals.targets]
     losses = model.losses(tokens, future, mask, segments, scales, chunk)
@@ -138,4 +141,4 @@ def objective(
     z = sum((s.z for s in stats), start=zero) / totals.tokens
     loss = losses.lm + model.config.mtp_loss_scale * mtp + balance + z
     parts = torch.stack([losses.lm.detach(), mtp.detach(), balance.detach(), z.detach()])
-    return loss, parts, losses.stats
+    return loss, parts, losses

@@ -1,4 +1,7 @@
-"""AdamW on the store's flat buffers, and the router's correction bias."""
+"""AdamW on the store's shards, and the router's correction bias."""
+
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -6,6 +9,7 @@ from torch import Tensor
 from weft.models.hybrid import HybridLM
 from weft.nn.moe import MoE
 from weft.parallel.comm import Comm
+from weft.parallel.flat import Stored
 from weft.parallel.store import Store
 from weft.spec.run import OptimizerConfig
 
@@ -13,7 +17,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Optimizer:
-    """Decoupled weight decay Adam (Loshchilov and Hutter 2019), one fused call per buffer."""
+    """Decoupled weight decay Adam (Loshchilov and Hutter 2019), one fused call per flat."""
 
     def __init__(self, store: Store, config: OptimizerConfig) -> None:
         self.store, self.config = store, config
@@ -41,16 +45,16 @@ class Optimizer:
         self.adamw.step()
         self.store.publish()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Moments, and master values where they differ from parameters, by checkpoint name."""
-        found: dict[str, Tensor] = {}
+    def pieces(self) -> Iterator[Stored]:
+        """What this rank has of moments, and of master values where they differ, by checkpoint name."""
         for flat in self.store.flats:
             state = self.adamw.state[flat.master]
-            for moment in MOMENTS:
-                found |= {f"optimizer/{moment}/{n}": t for n, t in flat.views(state[moment]).items()}
-            if flat.master is not flat.compute:
-                found |= {f"optimizer/master/{n}": t for n, t in flat.views(flat.master).items()}
-        return found
+            values = {moment: state[moment] for moment in MOMENTS}
+            if flat.master is not flat.shard:
+                values["master"] = flat.master
+            for kind, tensor in values.items():
+                for piece in flat.pieces(tensor):
+                    yield replace(piece, name=f"optimizer/{kind}/{piece.name}")
 
     @property
     def steps(self) -> int:

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,6 +15,7 @@ from rich.console import Console
 
 from weft.build.model import assemble
 from weft.checkpoint.hf import export_hf
+from weft.checkpoint.model import load_model
 from weft.config.errors import ConfigError, Problem
 from weft.config.load import to_dict, to_yaml
 from weft.data.batch import Batch
@@ -25,7 +26,9 @@ from weft.models.hf_hybrid import unpublishable
 from weft.ops.memory import keep_freed_memory
 from weft.parallel.comm import Comm
 from weft.parallel.launch import connected
+from weft.parallel.mesh import mesh_of
 from weft.parallel.together import on_chief, on_every
+from weft.parallel.watchdog import Watchdog
 from weft.spec.count import count
 from weft.spec.run import RunConfig
 from weft.train.environment import environment
@@ -37,6 +40,8 @@ from weft.train.progress import Progress, show_summary
 from weft.train.report import write_report
 from weft.train.sample import sample
 from weft.train.saving import Saving
+
+SAMPLED_PARAMETERS = 10**9  # of a model that ranks share, the most that one of them loads to show a sample
 
 
 def pick_device(config: RunConfig) -> torch.device:
@@ -61,30 +66,28 @@ def train(config: RunConfig, origins: dict[str, str]) -> Path:
         torch.set_num_threads(config.run.threads)
     keep_freed_memory()
     torch.use_deterministic_algorithms(config.run.deterministic)
-    with connected(device) as comm:
-        _check_ranks(config, comm)
-        return Run(config, origins, comm, device).execute()
+    run = config.run
+    with connected(device) as comm, Watchdog(comm.rank, comm.size, run.watchdog, run.stall) as watchdog:
+        return Run(config, origins, comm, device, watchdog.beat).execute()
 
 
 def _say(line: str) -> None:
     Console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _check_ranks(config: RunConfig, comm: Comm) -> None:
-    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
-    if batch % (micro * comm.size):
-        message = (
-            f"{batch} sequences cannot be shared by {comm.size} ranks in microbatches of {micro}; make it a "
-            f"multiple of {micro * comm.size} or change train.micro_batch_size"
-        )
-        raise ConfigError([Problem("train.global_batch_size", message)])
-
-
 class Run:
     """One rank's part of a run."""
 
-    def __init__(self, config: RunConfig, origins: dict[str, str], comm: Comm, device: torch.device) -> None:
-        self.config, self.comm, self.device = config, comm, device
+    def __init__(
+        self,
+        config: RunConfig,
+        origins: dict[str, str],
+        comm: Comm,
+        device: torch.device,
+        beat: Callable[[int, str], None],
+    ) -> None:
+        self.config, self.comm, self.device, self.beat = config, comm, device, beat
+        self.mesh = mesh_of(config.plan, comm)
         self.dir = config.directory
         self.chief = comm.rank == 0
         self.peak = 0.0
@@ -93,10 +96,10 @@ class Run:
         if self.corpus.tokenizer:
             self.saving.tokenizer = self.corpus.tokenizer.fingerprint
         self.saving.check()
-        model = assemble(config.model, config.train.precision, device, config.run.seed)
+        model = assemble(config.model, config.train.precision, device, config.run.seed, self.mesh)
         blend, data = self.corpus.splits["train"], config.data
         loader = Loader(blend, data.seq_length, config.model.depths, config.run.seed, self.saving.position())
-        self.trainer = Trainer(config, model, loader, comm)
+        self.trainer = Trainer(config, model, loader, self.mesh)
         self.first = self.saving.restore(self.trainer)
         if self.chief:
             self._tell(loader.changes)
@@ -152,6 +155,7 @@ class Run:
         try:
             with self._followers() as follow, closing(prefetch(self._steps())) as batches:
                 done = self._loop(batches, follow)
+            self.beat(done, "saving")
             self.saving.save(done, self.trainer, final=True)
         finally:
             self.saving.close()
@@ -179,6 +183,7 @@ class Run:
         self._measure_peak()
         while iteration < self.config.train.train_iters and not self._out_of_time(began):
             iteration += 1
+            self.beat(iteration, "training")
             try:
                 row = self.trainer.next_step(iteration, batches)
             except NotFinite as error:
@@ -210,6 +215,7 @@ class Run:
         ):
             row |= self._evaluate(config.validation.eval_iters)
             self._measure_peak()
+        self.beat(iteration, "saving")
         self.saving.maybe(iteration, self.trainer)
 
     def _measure_peak(self) -> None:
@@ -223,13 +229,19 @@ class Run:
             config.data.seq_length,
             config.model.depths,
             config.train.micro_batch_size,
-            part=self.comm.rank,
-            parts=self.comm.size,
+            part=self.mesh.reader,
+            parts=self.mesh.layout.readers,
             limit=limit,
         )
-        result = evaluate(self.trainer.model, windows, self.comm, config.train.loss_chunk)
+        result = evaluate(self.trainer.model, self._beating(windows), self.mesh, config.train.loss_chunk)
         bits = result.bits_per_byte(split.tokens, split.bytes)
         return {"valid_loss": result.loss, "valid_bits_per_byte": bits, "valid_tokens": result.tokens}
+
+    def _beating(self, windows: Iterable[Batch]) -> Iterator[Batch]:
+        """The same windows; each one taken shows that this rank gets on."""
+        for window in windows:
+            self.beat(self.trainer.optimizer.steps, "evaluation")
+            yield window
 
     def _out_of_time(self, began: float) -> bool:
         """Whether any rank has trained for longer than asked."""
@@ -238,6 +250,7 @@ class Run:
 
     def _finish(self) -> Path:
         valid = self._evaluate() if "valid" in self.corpus.splits else {}
+        self.beat(self.trainer.optimizer.steps, "closing")
         on_chief(self.comm, lambda: self._close(valid))
         return self.dir
 
@@ -250,6 +263,16 @@ class Run:
         show_summary(summary)
         if exports:
             export_hf(self.dir, self.dir / "export")
+
+    def _sample(self) -> dict[str, str]:
+        """Text that the model makes: of the model in memory, or of its checkpoint where ranks share it."""
+        layout, config = self.mesh.layout, self.config
+        if layout.plane.size == 1 and layout.store.level < 3:
+            return sample(self.trainer.model, self.corpus.tokenizer, config)
+        if not config.checkpoint.save or count(config.model).total > SAMPLED_PARAMETERS:
+            return {}
+        model, _ = load_model(self.dir, config.train.precision, self.device)
+        return sample(model, self.corpus.tokenizer, config)
 
     def _summary(self, valid: dict[str, Any], exports: bool) -> dict[str, Any]:
         config, split = self.config, self.corpus.splits.get("valid")
@@ -266,7 +289,7 @@ class Run:
             "flops_per_token": self.trainer.flops_per_token,
             "tokens": self.trainer.tokens,
             "seconds": self.trainer.seconds,
-            "sample": sample(self.trainer.model, self.corpus.tokenizer, config),
+            "sample": self._sample(),
             "paths": {name: str(path) for name, path in paths.items()},
         }
         if split and valid:

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from weft.build.model import tensors
 from weft.checkpoint.load import Checkpoint, match, open_checkpoint
 from weft.checkpoint.model import run_of
 from weft.checkpoint.save import AsyncSaver, save
@@ -105,23 +104,19 @@ class Saving:
 
     def _fill(self, trainer: Trainer, source: Checkpoint) -> int:
         match(source, self.config.model.params(), "model/")
-        if "optimizer_steps" not in source.meta:  # an import: weights only, a new run begins from them
-            for name, tensor in tensors(trainer.model, self.config.model).items():
-                tensor.copy_(source.read(f"model/{name}"))
+        weights_only = "optimizer_steps" not in source.meta  # an import: a new run begins from it
+        for piece in trainer.pieces():
+            if not weights_only or piece.name.startswith("model/"):
+                piece.tensor.copy_(source.read(piece.name, piece.box))
+        if weights_only:
             trainer.store.adopt()
             return 0
-        named = self._tensors(trainer)
-        for name, tensor in named.items():
-            tensor.copy_(source.read(name))
         trainer.store.publish()
         trainer.optimizer.steps = source.meta["optimizer_steps"]
         trainer.samples, trainer.tokens = source.meta["samples"], source.meta["tokens"]
         trainer.seconds = source.meta["seconds"]
         torch.set_rng_state(source.read("rng/torch"))
         return source.step
-
-    def _tensors(self, trainer: Trainer) -> dict[str, torch.Tensor]:
-        return trainer.tensors(dict(tensors(trainer.model, self.config.model)))
 
     def _is_source(self, step: int) -> bool:
         """Whether the run was resumed from this very step, so that it lies there already."""
@@ -140,8 +135,9 @@ class Saving:
         """Write the checkpoint of ``step``; in the background if asked, but never the final one."""
         if not self.config.checkpoint.save or self._is_source(step):
             return
-        named = self._tensors(trainer) | {"rng/torch": torch.get_rng_state()}
-        pieces = [Piece.whole(name, tensor) for name, tensor in named.items()]
+        owned = [piece for piece in trainer.pieces() if piece.owned]
+        pieces = [Piece(piece.name, piece.tensor, piece.shape, piece.box.start) for piece in owned]
+        pieces.append(Piece.whole("rng/torch", torch.get_rng_state()))
         meta = {
             "config": to_yaml(self.config),
             "precision": self.config.train.precision,

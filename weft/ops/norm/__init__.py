@@ -1,5 +1,6 @@
 """Root-mean-square norms. Statistics are taken in fp32 or wider."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -29,3 +30,28 @@ def gated_group_norm(
     Source: Mamba-2 (arXiv 2405.21060), with ``norm_before_gate=False``.
     """
     return pick("norm", GATED_BACKENDS)(y, z, weight, group or y.shape[-1], eps)
+
+
+def sum_of_squares(x: Float[Tensor, "tokens width"], group: int) -> Float[Tensor, "tokens groups 1"]:
+    """Sums of squares of each group of channels, or of the part of one group that is here, in fp32 or wider.
+
+    Args:
+        x: activations.
+        group: channels normalized together; more than ``width`` if other ranks have the rest.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide.unflatten(-1, (-1, min(group, x.shape[-1]))).square().sum(-1, keepdim=True)
+
+
+def normalize(
+    x: Float[Tensor, "tokens width"],
+    squares: Float[Tensor, "tokens groups 1"],
+    group: int,
+    weight: Float[Tensor, " width"],
+    eps: float,
+) -> Float[Tensor, "tokens width"]:
+    """``x / sqrt(squares / group + eps) * weight``: ``rms_norm`` from statistics that are complete."""
+    scale = (squares / group + eps).rsqrt()
+    return ((x.to(squares.dtype).unflatten(-1, (squares.shape[1], -1)) * scale).flatten(-2) * weight).to(
+        x.dtype
+    )

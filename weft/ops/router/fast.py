@@ -1,10 +1,8 @@
 """Routing with one hand-written gradient, and the balance loss of all documents at once."""
 
-import torch
 from torch import Tensor
 
 from weft.ops.router.reference import choose
-from weft.ops.segments import Segments
 
 
 def route(
@@ -27,16 +25,6 @@ def route(
     return weights, experts, scores
 
 
-def document_balance(scores: Tensor, experts: Tensor, segments: Segments, coef: float) -> Tensor:
-    """See ``weft.ops.router.document_balance``.
-
-    ``sum_doc T_doc coef sum_i f_i P_i = sum_t sum_i (coef E / (k T_doc(t))) n_doc(t),i s'_t,i``.
-    """
-    num_experts, top_k = scores.shape[1], experts.shape[1]
-    docs, ids = len(segments.lengths), segments.ids(scores.device)
-    places = (ids.unsqueeze(1) * num_experts + experts).flatten()
-    chosen = torch.bincount(places, minlength=docs * num_experts).view(docs, num_experts)
-    lengths = torch.tensor(segments.lengths, dtype=scores.dtype).clamp_min(1).to(scores.device)
-    frequency = chosen * (coef * num_experts / top_k / lengths).unsqueeze(1)
-    weighted = (scores * frequency[ids]).sum(-1)
-    return (weighted / scores.sum(-1)).sum()
+def document_balance(scores: Tensor, ids: Tensor, frequency: Tensor) -> Tensor:
+    """See ``weft.ops.router.document_balance``: ``sum_t sum_i f_doc(t),i s_t,i / sum_j s_t,j``."""
+    return ((scores * frequency[ids]).sum(-1) / scores.sum(-1)).sum()

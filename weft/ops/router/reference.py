@@ -2,9 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-
-from weft.ops.segments import Segments
 
 
 def choose(ranking: Tensor, top_k: int, limits: tuple[int, int] | None) -> Tensor:
@@ -38,16 +35,12 @@ def route(
     return weights * scale, experts, scores
 
 
-def document_balance(scores: Tensor, experts: Tensor, segments: Segments, coef: float) -> Tensor:
+def document_balance(scores: Tensor, ids: Tensor, frequency: Tensor) -> Tensor:
     """See ``weft.ops.router.document_balance``."""
     total = scores.new_zeros(())
-    num_experts, top_k = scores.shape[1], experts.shape[1]
-    for start, length in zip(segments.starts, segments.lengths, strict=True):
-        if not length:
-            continue
-        own = scores[start : start + length]
-        chosen = F.one_hot(experts[start : start + length], num_experts).sum((0, 1))
-        frequency = chosen.to(scores.dtype) * (num_experts / (top_k * length))
-        probability = (own / own.sum(-1, keepdim=True)).mean(0)
-        total = total + length * coef * (frequency * probability).sum()
+    for document, own_frequency in enumerate(frequency):
+        own = scores[ids == document]
+        if len(own):
+            probability = (own / own.sum(-1, keepdim=True)).mean(0)
+            total = total + len(own) * (own_frequency * probability).sum()
     return total

@@ -1,4 +1,4 @@
-"""Boxes of a global tensor, and the little interval algebra a checkpoint needs."""
+"""Boxes of a global tensor, and the little interval algebra that layouts and checkpoints need."""
 
 import math
 from collections.abc import Iterable

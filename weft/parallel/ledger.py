@@ -1,0 +1,120 @@
+"""The ledger of bytes, and a communicator that plays one rank alone and only keeps the ledger."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weft.parallel.comm import Collectives, Comm, Family
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One collective of one rank.
+
+    Attributes:
+        op: all_reduce, all_gather, reduce_scatter or all_to_all.
+        ranks: world ranks of the group, in group order.
+        bytes: what this rank receives under the ideal algorithm.
+        metadata: whether it carried host values (JSON, barriers) rather than tensors of the model.
+    """
+
+    op: str
+    ranks: tuple[int, ...]
+    bytes: int
+    metadata: bool
+
+
+@dataclass
+class Ledger:
+    """The collectives of one rank, in order."""
+
+    entries: list[Entry] = field(default_factory=list)
+
+    def note(self, op: str, ranks: tuple[int, ...], whole: int, metadata: bool) -> None:
+        """Write down a collective whose full buffer has ``whole`` bytes."""
+        self.entries.append(Entry(op, ranks, received(op, len(ranks), whole), metadata))
+
+    def bytes(self, op: str | None = None, ranks: Sequence[int] | None = None) -> int:
+        """Bytes received, without metadata; of one operation and of one group where given."""
+        return sum(
+            entry.bytes
+            for entry in self.entries
+            if not entry.metadata
+            and (op is None or entry.op == op)
+            and (ranks is None or entry.ranks == tuple(ranks))
+        )
+
+    @property
+    def metadata_bytes(self) -> int:
+        """Bytes of metadata received."""
+        return sum(entry.bytes for entry in self.entries if entry.metadata)
+
+
+def received(op: str, size: int, whole: int) -> int:
+    """Bytes that each of ``size`` ranks receives at least, for a full buffer of ``whole`` bytes.
+
+    ``(size - 1) / size`` of the buffer; an all-reduce is a reduce-scatter and an all-gather, hence twice
+    that, rounded down. The full buffer is the gathered, the scattered, the summed, or the local one.
+    """
+    return (2 if op == "all_reduce" else 1) * (size - 1) * whole // size
+
+
+@contextmanager
+def record(comm: Comm) -> Iterator[Ledger]:
+    """Collect the collectives of this rank in this communicator and all groups of its family.
+
+    On torch.distributed the operations themselves are heard, so those of other callers count too. A single
+    rank has none.
+    """
+    ledger = Ledger()
+    if not isinstance(comm, Collectives):
+        yield ledger
+        return
+    with comm.listening(ledger.note):
+        yield ledger
+
+
+class LedgerComm(Collectives):
+    """One process plays one rank of many, on meta tensors or any others.
+
+    Results have the right shapes and are zero, except that an all-reduce leaves its tensor as it is and
+    objects are our own, ``size`` times.
+
+    Args:
+        rank: the rank played.
+        size: number of ranks.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__(rank, range(size))
+
+    def _exchange(self, op: str, source: Tensor, out: Tensor) -> Callable[[], object]:
+        self.note(op, max(source.nbytes, out.nbytes))
+        return (lambda: None) if op == "all_reduce" else out.zero_
+
+    def _split(self, rank: int, ranks: tuple[int, ...]) -> Comm:
+        return _LedgerGroup(rank, ranks, self.family)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Our own value, as if every rank had the same."""
+        text = json.dumps(value)
+        with self._metadata():
+            self.all_gather(torch.zeros((), dtype=torch.int64, device="cpu"))
+            self.all_gather(torch.zeros(len(text), dtype=torch.uint8, device="cpu"))
+        return [json.loads(text) for _ in range(self.size)]
+
+    def twin(self) -> Comm:
+        """The same rank with a family of its own."""
+        return _LedgerGroup(self.rank, self.ranks)
+
+
+class _LedgerGroup(LedgerComm):
+    """Some of the ranks."""
+
+    def __init__(self, rank: int, ranks: Sequence[int], family: Family | None = None) -> None:
+        Collectives.__init__(self, rank, ranks, family)

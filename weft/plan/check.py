@@ -1,0 +1,226 @@
+"""Whether a plan fits a model and a number of ranks: every problem at once, with both numbers and the fix."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from weft.config.base import Config
+from weft.config.errors import ConfigError, Problem
+from weft.plan.layout import Plan, divisors, plan_of
+from weft.plan.shard import SHARED, Plane, held
+from weft.plan.units import of_experts, same_stages, units
+from weft.spec.hybrid import HybridConfig
+from weft.spec.layers import MixerConfig, NormConfig
+from weft.spec.layout import PlanConfig
+from weft.spec.param import Part
+from weft.spec.run import RunConfig
+
+# What a user sets for each count that a layout cuts: (layer, field) or the axis alone.
+_FIELDS = {
+    ("Attention", "heads"): "num_attention_heads",
+    ("Attention", "kv_heads"): "num_key_value_heads",
+    ("Mamba", "heads"): "mamba_num_heads",
+    ("Mamba", "groups"): "n_groups",
+    ("MLP", "mlp"): "intermediate_size",
+    ("MoE", "mlp"): "moe_shared_expert_intermediate_size",
+}
+_WHOLE = {"heads", "kv_heads", "groups"}  # dimensions that must be cut where ranks share a layer
+
+
+@dataclass(frozen=True)
+class _Count:
+    """Items that a layout cuts, and the setting that counts them."""
+
+    axis: str
+    count: int
+    setting: str
+
+    def cut_by(self, plane: Plane) -> bool:
+        """Whether the plane can cut them."""
+        try:
+            plane.items(Part(self.axis, self.count), 0)
+        except ValueError:
+            return False
+        return True
+
+
+def check_run(run: RunConfig, world: int) -> list[Problem]:
+    """Problems of a run's plan on ``world`` ranks; paths start with ``plan``."""
+    found = check(run.model, run.plan, world, batch=run.train.global_batch_size)
+    return found or list(_tokens(run, plan_of(run.plan, world)))
+
+
+def check(model: HybridConfig, config: PlanConfig, world: int, batch: int = 0) -> list[Problem]:
+    """Problems of a plan for ``model`` on ``world`` ranks, all at once; paths start with ``plan``.
+
+    Args:
+        model: the hybrid decoder.
+        config: the plan.
+        world: ranks of the run.
+        batch: sequences per optimizer step; 0 is not known.
+    """
+    try:
+        plan = plan_of(config, world)
+    except ConfigError as error:
+        return list(error.problems)
+    found = [*_maps(plan, config), *_counts(model, plan.decoder.plane)]
+    if not found:
+        found = [*_norms(model, plan.decoder.plane), *_overlaps(model, plan.decoder.plane)]
+    found = [problem.under("decoder") for problem in (*found, *_grid(model, plan, batch))]
+    found += [problem.under("experts") for problem in _experts(model, plan)]
+    return [problem.under("plan") for problem in found]
+
+
+def executable(plan: Plan) -> list[Problem]:
+    """What this version plans, shows and costs but does not run yet; paths start with ``plan``."""
+    grid, found = plan.decoder.grid, list[Problem]()
+    for axis, meaning in (("pp", "pipeline stages"), ("cp", "context parallelism")):
+        if grid.size(axis) > 1:
+            message = f"{grid.size(axis)} {meaning} can be planned, but not run by this version; set 1"
+            found.append(Problem(f"plan.decoder.{axis}", message))
+    for axis in ("ep", "etp"):
+        if plan.experts.size(axis) > 1:
+            message = f"{plan.experts.size(axis)} can be planned, but not run by this version; set 1"
+            found.append(Problem(f"plan.experts.{axis}", message))
+    if tuple(grid.ranks) != tuple(range(plan.world)):
+        message = (
+            f"{len(grid.ranks)} of the {plan.world} ranks, or another order, can be planned, but not run"
+        )
+        found.append(Problem("plan.decoder.ranks", f"{message} by this version; set all"))
+    if plan.decoder.plane.size > 1 and "vocab" not in plan.decoder.plane.shard:
+        message = "a vocabulary that every rank of a plane holds can be planned, but not run by this version"
+        found.append(Problem("plan.decoder.shard.vocab", f"{message}; remove it"))
+    return found
+
+
+def _maps(plan: Plan, config: PlanConfig) -> Iterator[Problem]:
+    plane = plan.decoder.plane
+    for name in sorted(_WHOLE - plane.shard) if plane.size > 1 else ():
+        message = f"none, but {plane.size} ranks share each layer ({_product(plane)}); remove it"
+        yield Problem(f"shard.{name}", f"{message}: only mlp and vocab may stay whole")
+
+
+def _product(plane: Plane) -> str:
+    if plane.tp_embed == 1 or plane.tp == 1:
+        return f"tp = {plane.tp}" if plane.tp_embed == 1 else f"tp_embed = {plane.tp_embed}"
+    return f"tp {plane.tp} x tp_embed {plane.tp_embed} = {plane.size}"
+
+
+def _counts(model: HybridConfig, plane: Plane) -> Iterator[Problem]:
+    """Counts that the ranks of a plane neither divide nor, where allowed, share."""
+    for count in dict.fromkeys(_cut(model)):
+        if count.cut_by(plane):
+            continue
+        embed = count.axis == "embed"
+        ranks = plane.tp_embed if embed else plane.size
+        whole = sorted({*divisors(count.count), *_multiples(count, 4 * ranks)})
+        fitting = [n for n in whole if count.cut_by(Plane(1, n, plane.shard) if embed else Plane(n))]
+        name = "tp_embed" if embed or plane.tp == 1 else "tp" if plane.tp_embed == 1 else "tp x tp_embed"
+        verb = "neither divide nor are a multiple of" if count.axis in SHARED else "do not divide"
+        message = f"{ranks} ranks {verb} {count.axis} = {count.count} (model.{count.setting})"
+        path = "tp_embed" if embed or plane.tp == 1 else "tp"
+        yield Problem(path, f"{message}; {name} can be {_listed(fitting)}")
+
+
+def _multiples(count: _Count, most: int) -> Iterable[int]:
+    return range(count.count, most, count.count) if count.axis in SHARED else ()
+
+
+def _listed(numbers: list[int]) -> str:
+    shown = [str(n) for n in numbers]
+    if len(shown) > 12:
+        shown = [*shown[:10], "...", shown[-1]]
+        return ", ".join(shown)
+    return " or ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
+
+
+def _cut(model: HybridConfig) -> Iterator[_Count]:
+    """Every count of the model that a plane cuts, by the fields that declare a dimension."""
+    yield _Count("embed", model.hidden_size, "hidden_size")
+    yield _Count("vocab", model.vocab_size, "vocab_size")
+    for mixer in _mixers(model):
+        kind = type(mixer).__name__.removesuffix("Config")
+        for axis, value in _declared(mixer):
+            if axis != "embed":
+                yield _Count(axis, value, _FIELDS.get((kind, axis), f"{kind}.{axis}"))
+
+
+def _declared(config: Config) -> Iterator[tuple[str, int]]:
+    for f in fields(config):
+        value: Any = getattr(config, f.name)
+        if isinstance(value, Config):
+            yield from _declared(value)
+        elif f.metadata.get("dim") and value:
+            yield f.metadata["dim"], value
+
+
+def _mixers(model: HybridConfig) -> list[MixerConfig]:
+    return [unit.block.mixer for unit in units(model) if unit.block]
+
+
+def _norms(model: HybridConfig, plane: Plane) -> Iterator[Problem]:
+    """Groups of a norm over inner channels: whole groups on each rank, or whole ranks in each group."""
+    for mixer in _mixers(model):
+        norm = getattr(mixer, "norm", None)
+        if not isinstance(norm, NormConfig) or plane.kind(norm.dims) != "inner":
+            continue
+        width = sum(len(plane.items(part, 0)) * part.width for part in norm.dims)
+        if width % norm.group and norm.group % width:
+            kind = type(mixer).__name__.removesuffix("Config")
+            message = f"{plane.size} ranks hold {width} channels each of a norm in groups of {norm.group}"
+            yield Problem(
+                "tp", f"{message} ({kind}); one must divide the other: choose another {_axes(plane)}"
+            )
+
+
+def _axes(plane: Plane) -> str:
+    return "tp" if plane.tp_embed == 1 else "tp or tp_embed"
+
+
+def _overlaps(model: HybridConfig, plane: Plane) -> Iterator[Problem]:
+    """What only the boxes themselves show: rows of a plane that would hold parts of shared heads."""
+    causes: dict[str, None] = {}
+    for unit in units(model):
+        for spec in unit.specs:
+            try:
+                held(spec, plane, 0)
+            except ValueError as error:
+                causes.setdefault(str(error))
+    yield from (Problem("tp_embed", cause) for cause in causes)
+
+
+def _grid(model: HybridConfig, plan: Plan, batch: int) -> Iterator[Problem]:
+    grid, layers = plan.decoder.grid, len(model.parts.main)
+    if grid.size("pp") > layers:
+        yield Problem(
+            "pp", f"{grid.size('pp')} stages, but model.pattern has {layers} layers; set {layers} or less"
+        )
+    if 0 < batch < grid.size("dp"):
+        fix = f"set dp to {batch} or less (more tp, fewer ranks), or raise that"
+        message = f"{grid.size('dp')} readers share train.global_batch_size = {batch} sequences; {fix}"
+        yield Problem("dp", message)
+    if not same_stages(grid, plan.experts):
+        yield Problem(
+            "pp", "the decoder's stages and the experts' have different ranks; give both the same pp"
+        )
+
+
+def _experts(model: HybridConfig, plan: Plan) -> Iterator[Problem]:
+    mixtures = any(of_experts(spec) for unit in units(model) for spec in unit.specs)
+    limits = (("ep", "n_routed_experts"), ("etp", "moe_intermediate_size"))
+    for axis, setting in limits:
+        parts, count = plan.experts.size(axis), int(getattr(model, setting))
+        if parts > 1 and not mixtures:
+            yield Problem(axis, f"{parts}, but model.pattern {model.pattern!r} has no E layer; set 1")
+        elif count % parts:
+            message = f"{parts} ranks do not divide {count} (model.{setting})"
+            yield Problem(axis, f"{message}; {axis} can be {_listed(divisors(count))}")
+
+
+def _tokens(run: RunConfig, plan: Plan) -> Iterator[Problem]:
+    plane, cp = plan.decoder.plane, plan.decoder.grid.size("cp")
+    if run.data.seq_length < plane.size * cp:
+        message = (
+            f"{plane.size * cp} ranks share the tokens of a sample of data.seq_length = {run.data.seq_length}"
+        )
+        yield Problem("plan.decoder.tp", f"{message}, so some have none; use fewer or raise that")

@@ -1,0 +1,198 @@
+"""Bytes that a plan asks of one rank: state exactly, activations as an estimate.
+
+State is what rests: weights, gradients, master copies and moments of the rank's boxes, cut by the store.
+What a unit needs on top while it runs is counted for the largest units. Activations are what autograd keeps
+of one microbatch between forward and backward (see ``_kept``); attention's scores, gathered copies of
+activations and the allocator's slack are not counted.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from weft.plan.layout import Plan
+from weft.plan.shard import localize
+from weft.plan.units import Unit, cut_at, of_experts, shape_at, units
+from weft.spec.count import StateBytes, state_of
+from weft.spec.hybrid import HybridConfig
+from weft.spec.layers import AttentionConfig, MambaConfig, MixerConfig, MLPConfig, MoEConfig
+from weft.spec.param import ParamSpec, size
+from weft.spec.precision import PRECISIONS
+from weft.spec.run import RunConfig
+
+_ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank.
+
+    Attributes:
+        weights: parameters as layers read them, between uses.
+        gradients: sums over microbatches, between uses.
+        master: the optimizer's copy, where layers read another dtype.
+        moments: the two moments of AdamW.
+        gathered: whole weights (store level 3) and gradients (from level 2) of the units at work.
+        activations: an estimate of what the microbatches in flight keep.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+    master: int = 0
+    moments: int = 0
+    gathered: int = 0
+    activations: int = 0
+
+    def __add__(self, other: "Memory") -> "Memory":
+        return Memory(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    @property
+    def state(self) -> int:
+        """What rests."""
+        return self.weights + self.gradients + self.master + self.moments
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.state + self.gathered + self.activations
+
+
+def largest(run: RunConfig, plan: Plan) -> tuple[int, Memory]:
+    """The first rank that needs most, and what it needs.
+
+    One rank of each stage is looked at: uneven cuts (``shard.share``) give the first place the most.
+    """
+    grid = plan.decoder.grid
+    firsts = grid.ranks[:: len(grid.ranks) // grid.size("pp")]
+    return max(((rank, memory(run, plan, rank)) for rank in firsts), key=lambda pair: pair[1].total)
+
+
+def memory(run: RunConfig, plan: Plan, rank: int) -> Memory:
+    """Bytes on ``rank``; its cuts of the store's buffers count as the largest ones."""
+    pp, stage = plan.decoder.grid.size("pp"), plan.decoder.grid.index(rank, "pp")
+    total, working = Memory(), [0]
+    for unit in units(run.model):
+        count = unit.at(run.model, pp, stage)
+        if count:
+            rests, busy = _unit(plan, unit, rank, run.train.precision)
+            total += Memory(**{f.name: count * getattr(rests, f.name) for f in fields(rests)})
+            working += [busy] * min(count, 2 + plan.decoder.store.prefetch)
+    at_work = sum(sorted(working)[-1 - plan.decoder.store.prefetch :])
+    return total + Memory(gathered=at_work, activations=_activations(run, plan, rank))
+
+
+def _unit(plan: Plan, unit: Unit, rank: int, precision: str) -> tuple[Memory, int]:
+    """What rests of one unit, and the bytes of its whole weights and gradients where those are cut."""
+    level = plan.decoder.store.level
+    buffers: dict[tuple[StateBytes, bool, bool], tuple[int, int]] = {}
+    for spec in unit.specs:
+        key = state_of(spec, precision), spec.decay, of_experts(spec)
+        elements, _ = buffers.get(key, (0, 1))
+        cuts, _ = cut_at(plan, spec, rank)
+        buffers[key] = elements + math.prod(shape_at(plan, spec, rank)), cuts
+    rests, busy = Memory(), 0
+    for (state, _, _), (whole, cuts) in buffers.items():
+        cut = -(-whole // cuts)
+        rests += Memory(
+            weights=state.weight * (cut if level >= 3 else whole),
+            gradients=state.gradient * (cut if level >= 2 else whole),
+            master=state.master * cut,
+            moments=state.moments * cut,
+        )
+        if cuts > 1:
+            busy += whole * (state.weight * (level >= 3) + state.gradient * (level >= 2))
+    return rests, busy
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Tokens of one microbatch on one tensor plane, and bytes of their activations.
+
+    Attributes:
+        all: where inner dimensions are cut.
+        residual: of this rank between layers.
+        plain: of this rank where features are whole.
+        item: bytes of an activation.
+        exact: bytes of router scores and scan states.
+    """
+
+    all: int
+    residual: int
+    plain: int
+    item: int
+    exact: int
+
+
+def _activations(run: RunConfig, plan: Plan, rank: int) -> int:
+    """Bytes kept by the microbatches in flight (one for each stage from here on), and by the head."""
+    model, grid, plane = run.model, plan.decoder.grid, plan.decoder.plane
+    pp, stage, place = grid.size("pp"), grid.index(rank, "pp"), plan.decoder.place(rank)
+    share_of_batch = -(-run.train.global_batch_size // grid.size("dp"))
+    sequences = min(run.train.micro_batch_size, share_of_batch)
+    parts = -(-share_of_batch // sequences)
+    policy = PRECISIONS[run.train.precision]
+    count = -(-sequences * run.data.seq_length // grid.size("cp"))
+    tokens = _Tokens(
+        count,
+        len(plane.residual_rows(count, 0)),
+        len(plane.rows(count, 0)),
+        _ITEMSIZE[policy.params],
+        _ITEMSIZE[policy.master],
+    )
+    width = -(-model.hidden_size // plane.tp_embed) * tokens.item
+    kept, largest_layer = 0, 0
+    for unit in units(model):
+        if unit.block is None:
+            continue
+        here = unit.at(model, pp, stage)
+        if model.mtp and stage == pp - 1:  # one physical depth may run several times
+            ahead = sum(name.startswith("mtp.") for name in unit.names)
+            here += ahead * (model.depths - len(model.mtp)) // len(model.mtp)
+        inner = tokens.residual * width + _kept(localize(unit.block.mixer, plane, place), tokens, plane.size)
+        kept += here * (tokens.residual * width + (0 if run.train.recompute else inner))
+        largest_layer = max(largest_layer, inner if here and run.train.recompute else 0)
+    return (
+        kept * min(pp - stage, parts)
+        + largest_layer
+        + (_head(model, run.train.loss_chunk, tokens, plane.size, width) if stage == pp - 1 else 0)
+    )
+
+
+def _kept(mixer: MixerConfig, tokens: _Tokens, plane: int) -> int:
+    """Bytes that the backward pass of one mixer reads, besides its input.
+
+    Per token: attention keeps q, k, v and its result; Mamba-2 the fused projection, the convolution, the
+    scan's result and the normed result, and a state per chunk; an MLP its inner activation (its square too
+    where the vocabulary of collectives splits it from its second product); a mixture its scores twice, the
+    latent copies, and for each chosen expert what goes in, the inner activation and what comes out. A layer
+    that is not known keeps what goes in and out of each of its products.
+    """
+    every, own, item = tokens.all, tokens.plain, tokens.item
+    match mixer:
+        case AttentionConfig():
+            return every * item * 2 * (mixer.heads + mixer.kv_heads) * mixer.head_dim
+        case MambaConfig():
+            features = size(mixer.in_rows) + size(mixer.conv_rows) + 2 * mixer.inner
+            states = -(-every // mixer.chunk) * mixer.inner * mixer.state
+            return every * features * item + states * tokens.exact
+        case MLPConfig():
+            return every * item * mixer.mlp * (1 if plane == 1 else 2)
+        case MoEConfig():
+            chosen = mixer.router.top_k * (2 * mixer.width + mixer.mlp)
+            routed = own * item * (chosen + 2 * mixer.latent)
+            shared = _kept(mixer.shared, tokens, plane) if mixer.shared_mlp else 0
+            return own * tokens.exact * 2 * mixer.experts + routed + shared
+        case _:
+            return every * item * _products(mixer.params())
+
+
+def _products(specs: Iterable[ParamSpec]) -> int:
+    return sum(sum(spec.shape) for spec in specs if len(spec.dims) == 2)
+
+
+def _head(model: HybridConfig, chunk: int, tokens: _Tokens, plane: int, width: int) -> int:
+    """Gradients of the states, two chunks of logits, and the head's weight and gradient in wide numbers."""
+    vocab = -(-model.vocab_size // plane)
+    wide = vocab * model.hidden_size * tokens.exact * (2 if tokens.item < tokens.exact else 1)
+    states = (1 + model.depths) * tokens.residual * width * 2
+    return wide + states + 2 * min(chunk, tokens.all) * vocab * tokens.exact

@@ -1,0 +1,226 @@
+"""A plan as people read it: who holds what, as tables, as a grid of ranks in text, and as SVG."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from weft.plan.grid import Grid
+from weft.plan.layout import Plan
+from weft.plan.memory import Memory, largest
+from weft.plan.shard import SHARED, Plane
+from weft.plan.units import Unit, of_experts, pieces, shape_at, units
+from weft.spec.param import Dim, ParamSpec
+from weft.spec.run import RunConfig
+
+Row = tuple[str, ...]
+_ROWS, _COLUMNS, _GROUPS = 6, 8, 3  # the most of each that are written out
+_INNER = {"tp", "tp_embed", "ep", "etp"}  # axes that are columns of the picture
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under a title and a head, either of which may be empty; lines of a ``picture`` differ in colour."""
+
+    title: str
+    head: Row
+    rows: tuple[Row, ...]
+    picture: bool = False
+
+
+def show(run: RunConfig, plan: Plan) -> list[Table]:
+    """Everything about a plan that fits: grids and their pictures, units, memory."""
+    tables: list[Table] = []
+    for role, grid in (("decoder", plan.decoder.grid), ("experts", plan.experts)):
+        rows = tuple(_axis_rows(grid))
+        tables.append(
+            Table(f"{role}: {_ranks(grid)}", ("axis", "size", "groups", "ranks") if rows else (), rows)
+        )
+        tables += [picture(grid)] if rows else []
+    head = ("unit", "parameter", "shape", "cut", "here", "copies")
+    held_rows = tuple(row for unit in units(run.model) for row in _unit_rows(plan, unit))
+    title = "parameters" if plan.world == 1 else "parameters, as the first rank of their stage holds them"
+    return [*tables, Table(title, head, held_rows), memory_table(*largest(run, plan), plan.world)]
+
+
+def summary(run: RunConfig, plan: Plan) -> Table:
+    """The plan in a few rows."""
+    store, (rank, need) = plan.decoder.store, largest(run, plan)
+    cut = f"level {store.level}" + (f" over {' x '.join(store.over)}" if store.level else "")
+    state, rest = bytes_words(need.state), bytes_words(need.total - need.state)
+    rows = [("ranks", f"{plan.world:,}"), ("decoder", axes_words(plan.decoder.grid))]
+    if any(of_experts(spec) for unit in units(run.model) for spec in unit.specs):
+        rows.append(("experts", axes_words(plan.experts)))
+    rows.append(("store", cut))
+    rows.append(("memory", f"{bytes_words(need.total)} on rank {rank}: state {state}, at work about {rest}"))
+    return Table("", ("", ""), tuple(rows))
+
+
+def axes_words(grid: Grid) -> str:
+    """``dp 4 x tp 2``: the axes that are cut."""
+    return " x ".join(f"{axis} {size}" for axis, size in grid.axes if size > 1) or "one rank"
+
+
+def _ranks(grid: Grid) -> str:
+    count = len(grid.ranks)
+    return f"{count:,} rank{'s' * (count > 1)}, {axes_words(grid)}" if count > 1 else "one rank"
+
+
+def _axis_rows(grid: Grid) -> Iterator[Row]:
+    for axis, size in (pair for pair in grid.axes if pair[1] > 1):
+        count = len(grid.ranks) // size
+        first = [ranks for ranks, _ in zip(_groups(grid, axis), range(_GROUPS), strict=False)]
+        words = "  ".join(f"[{_few(ranks)}]" for ranks in first)
+        yield axis, str(size), f"{count:,}", words + ("  ..." if count > _GROUPS else "")
+
+
+def _groups(grid: Grid, axis: str) -> Iterator[tuple[int, ...]]:
+    """Groups along one axis, by their first rank's place, made as they are asked for."""
+    return (grid.group(rank, axis) for rank in grid.ranks if grid.coordinates(rank)[axis] == 0)
+
+
+def _few(ranks: Sequence[int], most: int = 4) -> str:
+    shown = (
+        list(map(str, ranks)) if len(ranks) <= most else [*map(str, ranks[: most - 1]), "...", str(ranks[-1])]
+    )
+    return " ".join(shown)
+
+
+def picture(grid: Grid) -> Table:
+    """Ranks by outer axes (down) and inner axes (across); of many, the first ones and the last."""
+    outer = [(axis, size) for axis, size in grid.axes if axis not in _INNER]
+    inner = [(axis, size) for axis, size in grid.axes if axis in _INNER]
+    across, down = grid.size(*(a for a, _ in inner)), grid.size(*(a for a, _ in outer))
+    columns, lines = _ends(across, _COLUMNS), _ends(down, _ROWS)
+    head = ("", *("..." if c is None else _place(inner, c) for c in columns))
+    rows = [
+        (
+            "..." if line is None else _place(outer, line),
+            *(
+                "..." if None in (line, c) else str(grid.ranks[(line or 0) * across + (c or 0)])
+                for c in columns
+            ),
+        )
+        for line in lines
+    ]
+    return Table(f"  {_formula(grid)}" if len(grid.ranks) > 1 else "", head, tuple(rows), picture=True)
+
+
+def _ends(count: int, most: int) -> list[int | None]:
+    """All of ``count`` numbers, or the first ones, None for a gap, and the last."""
+    return [*range(count)] if count <= most else [*range(most - 2), None, count - 1]
+
+
+def _place(axes: Sequence[tuple[str, int]], index: int) -> str:
+    words: list[str] = []
+    for axis, size in reversed(axes):
+        index, at = divmod(index, size)
+        words += [f"{axis} {at}"] if size > 1 else []
+    return " ".join(reversed(words))
+
+
+def _formula(grid: Grid) -> str:
+    """``rank = 8 x dp + tp``: how the picture goes on."""
+    terms, stride = list[str](), 1
+    for axis, size in reversed(grid.axes):
+        if size > 1:
+            terms.append(f"{stride} x {axis}" if stride > 1 else axis)
+        stride *= size
+    first = grid.ranks[0]
+    straight = list(grid.ranks) == list(range(first, first + len(grid.ranks)))
+    terms += [str(first)] if first and straight else []
+    return f"{'rank' if straight else 'place in the list of ranks'} = {' + '.join(reversed(terms))}"
+
+
+def _unit_rows(plan: Plan, unit: Unit) -> Iterator[Row]:
+    rank = plan.decoder.grid.ranks[0]
+    several = f" x {len(unit.names)}" if len(unit.names) > 1 else ""
+    for i, spec in enumerate(unit.specs):
+        here, folded = shape_at(plan, spec, rank), of_experts(spec) and plan.experts.size("ep", "etp") > 1
+        outer = plan.experts.size("edp") if folded else plan.decoder.grid.size("dp", "cp")
+        copies = sorted({outer * len(piece.holders) for piece in pieces(plan, spec, rank)})
+        cut = _folded_words(plan, spec) if folded else _cut_words(plan.decoder.plane, spec, here)
+        label = unit.kind + several if i == 0 else ""
+        yield label, spec.name, _shape(spec.shape), cut, _shape(here), ", ".join(f"{n:,}" for n in copies)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(f"{n:,}" for n in shape)
+
+
+def _cut_words(plane: Plane, spec: ParamSpec, here: tuple[int, ...]) -> str:
+    """``heads/tp + groups/tp (shared by 2), embed/tp_embed``."""
+    embed_cut = any(
+        dim[0].axis == "embed" and local < sum(part.size for part in dim)
+        for dim, local in zip(spec.dims, here, strict=True)
+    )
+    names = [axis for axis in ("tp", "tp_embed") if getattr(plane, axis) > 1]
+    parts = plane.tp if embed_cut else plane.size
+    over = "tp" if embed_cut or len(names) < 2 else f"({' x '.join(names)})"
+    over = over if embed_cut or len(names) != 1 else names[0]
+    return ", ".join(
+        _dim_words(dim, plane, (over, parts), local < sum(part.size for part in dim))
+        for dim, local in zip(spec.dims, here, strict=True)
+    )
+
+
+def _dim_words(dim: Dim, plane: Plane, over: tuple[str, int], cut: bool) -> str:
+    words: dict[str, None] = {}
+    axes, parts = over
+    for part in dim:
+        if part.axis == "embed":
+            words["embed/tp_embed" if cut else "embed"] = None
+        elif part.axis not in plane.shard or parts == 1:
+            words[part.axis] = None
+        else:
+            shared = part.axis in SHARED and parts > part.count
+            note = f" (shared by {parts // part.count})" if shared else ""
+            words[f"{part.axis}/{axes}{note}" if part.count > 1 else part.axis] = None
+    return " + ".join(words)
+
+
+def _folded_words(plan: Plan, spec: ParamSpec) -> str:
+    cuts = {"experts": "ep", "expert_mlp": "etp"}
+    names = (part.axis for dim in spec.dims for part in dim)
+    return ", ".join(
+        f"{name}/{cuts[name]}" if plan.experts.size(cuts.get(name, "")) > 1 else name for name in names
+    )
+
+
+def memory_table(rank: int, need: Memory, world: int) -> Table:
+    """Bytes of the rank that needs most."""
+    rows = [
+        ("weights", need.weights),
+        ("gradients", need.gradients),
+        ("master weights", need.master),
+        ("moments", need.moments),
+        ("units at work", need.gathered),
+        ("activations (estimate)", need.activations),
+        ("together", need.total),
+    ]
+    title = "memory" if world == 1 else f"memory of rank {rank}, which needs most"
+    return Table(title, ("", ""), tuple((name, bytes_words(count)) for name, count in rows if count))
+
+
+def bytes_words(count: int) -> str:
+    """``512 B``, ``1.5 GiB``."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"
+
+
+def as_text(tables: Sequence[Table]) -> str:
+    """Aligned columns, one table after another; a table without a title has no head and no indent."""
+    return "\n\n".join("\n".join(_lines(table)) for table in tables) + "\n"
+
+
+def _lines(table: Table) -> Iterator[str]:
+    rows, indent = list(table.rows), ""
+    if table.title:
+        yield table.title
+        rows, indent = [table.head] * any(table.head) + rows, "  "
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(len(table.head))]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        yield (indent + "  ".join(cells)).rstrip()

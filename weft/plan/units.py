@@ -1,0 +1,127 @@
+"""The distinct units of a model, and what one rank of a plan holds of each.
+
+Layers that are alike are one unit with many names, so that large models are as quick to plan.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from weft.plan.box import Box
+from weft.plan.grid import Grid
+from weft.plan.layout import Plan
+from weft.plan.shard import Held, held, share
+from weft.spec.hybrid import BlockConfig, HybridConfig
+from weft.spec.param import Dim, ParamSpec
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parts of a model that are alike.
+
+    Attributes:
+        kind: what they are, for people.
+        names: of all of them, as in the names of parameters.
+        specs: parameters of one of them, names without the unit's.
+        block: the residual layer, where they are layers.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    specs: tuple[ParamSpec, ...]
+    block: BlockConfig | None = None
+
+    def at(self, model: HybridConfig, pp: int, stage: int) -> int:
+        """How many of them one of ``pp`` pipeline stages holds."""
+        return sum(stage_of(name, model, pp) == stage for name in self.names)
+
+
+@lru_cache(maxsize=16)
+def units(model: HybridConfig) -> tuple[Unit, ...]:
+    """Every distinct unit, in the order of the model: table, layers, final norm, head, MTP depths."""
+    alike: dict[BlockConfig, list[str]] = {}
+    for i, block in enumerate(model.blocks):
+        alike.setdefault(block, []).append(f"layers.{i}")
+    for i, depth in enumerate(model.mtp):
+        for j, block in enumerate(depth.blocks):
+            alike.setdefault(block, []).append(f"mtp.{i}.layers.{j}")
+    found = [Unit("token table", ("embed",), model.embedding.params())]
+    for block, names in alike.items():
+        kind = type(block.mixer).__name__.removesuffix("Config")
+        found.append(Unit(f"{kind} layer", tuple(names), block.params(), block))
+    found.append(Unit("final norm", ("norm",), model.norm.params()))
+    if not model.tie_word_embeddings:
+        found.append(Unit("head", ("head",), model.embedding.params()))
+    if model.mtp:
+        own = tuple(spec for spec in model.mtp[0].params() if not spec.name.startswith("layers."))
+        found.append(Unit("MTP joint", tuple(f"mtp.{i}" for i in range(len(model.mtp))), own))
+    return tuple(found)
+
+
+def stage_of(name: str, model: HybridConfig, pp: int) -> int:
+    """The stage of a unit: layers in runs as even as it goes, the table first, everything else last."""
+    first, _, rest = name.partition(".")
+    if first == "embed":
+        return 0
+    if first != "layers":
+        return pp - 1
+    layer, layers = int(rest), len(model.parts.main)
+    return next(stage for stage in range(pp) if layer in share(layers, pp, stage))
+
+
+def of_experts(spec: ParamSpec) -> bool:
+    """Whether a parameter is laid out on the grid of the experts."""
+    return any(part.axis == "expert_mlp" for dim in spec.dims for part in dim)
+
+
+def pieces(plan: Plan, spec: ParamSpec, rank: int) -> tuple[Held, ...]:
+    """Boxes of a parameter of this rank's stage that the rank computes with; holders are places.
+
+    Raises:
+        ValueError: a dimension that the plan cannot cut.
+    """
+    if of_experts(spec) and plan.experts.size("ep", "etp") > 1:
+        return _expert_boxes(
+            spec.dims, *(plan.experts.size(a) for a in ("ep", "etp")), plan.experts.index(rank, "ep", "etp")
+        )
+    return held(spec, plan.decoder.plane, plan.decoder.place(rank))
+
+
+@lru_cache(maxsize=4096)
+def _expert_boxes(dims: tuple[Dim, ...], ep: int, etp: int, place: int) -> tuple[Held, ...]:
+    cuts = {"experts": (ep, place // etp), "expert_mlp": (etp, place % etp)}
+    runs: list[range] = []
+    for dim in dims:
+        (part,) = dim
+        parts, index = cuts.get(part.axis, (1, 0))
+        if part.count % parts:
+            raise ValueError(f"{parts} ranks do not divide {part.axis} = {part.count}")
+        runs.append(share(part.count, parts, index))
+    box = Box(tuple(run.start for run in runs), tuple(len(run) for run in runs))
+    return (Held(box, Box.whole(box.shape), (place,)),)
+
+
+def shape_at(plan: Plan, spec: ParamSpec, rank: int) -> tuple[int, ...]:
+    """Shape of this rank's tensor of a parameter of its stage."""
+    boxes = pieces(plan, spec, rank)
+    return tuple(max(box.local.stop[axis] for box in boxes) for axis in range(len(spec.dims)))
+
+
+def cut_at(plan: Plan, spec: ParamSpec, rank: int) -> tuple[int, int]:
+    """Into how many parts the store cuts what ``rank`` holds of a parameter, and which one is the rank's."""
+    store, grid = plan.decoder.store, plan.decoder.grid
+    if not store.level or spec.buffer:
+        return 1, 0
+    if of_experts(spec) and plan.experts.size("ep", "etp") > 1:
+        return plan.experts.size("edp"), plan.experts.index(rank, "edp")
+    cuts = store.shards or grid.size(*store.over)
+    return cuts, grid.index(rank, *store.over) % cuts
+
+
+def same_stages(outer: Grid, inner: Grid) -> bool:
+    """Whether every stage of two nested grids has the same ranks."""
+    pp = inner.size("pp")
+    if outer.size("pp") != pp or len(outer.ranks) != len(inner.ranks):
+        return False
+    length = len(outer.ranks) // pp
+    cuts = [slice(stage * length, (stage + 1) * length) for stage in range(pp)]
+    return all(set(outer.ranks[cut]) == set(inner.ranks[cut]) for cut in cuts)

@@ -1,0 +1,119 @@
+"""``weft plan``: check a plan, show it, compare it with another, draw it, keep it."""
+
+import argparse
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from weft.config.errors import ConfigError
+from weft.config.load import to_yaml
+from weft.config.resolve import Resolved, located
+from weft.plan.check import check_run, executable
+from weft.plan.diff import diff, moved
+from weft.plan.layout import Plan, plan_of
+from weft.plan.show import Table, bytes_words, show, summary
+from weft.spec.run import RunConfig
+
+PER_NODE = 8  # ranks that the suggested torchrun command starts on one machine
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the verb says.
+
+    Attributes:
+        tables: in order.
+        notes: lines after them.
+        next: commands to go on with.
+    """
+
+    tables: tuple[Table, ...]
+    notes: tuple[str, ...]
+    next: tuple[str, ...]
+
+
+def fitting_plan(resolved: Resolved[RunConfig], ranks: int, to_run: bool = False) -> Plan:
+    """The plan of a run on so many ranks; ``to_run`` asks that this version can run it too.
+
+    Raises:
+        ConfigError: every reason why it does not fit, each with what set the value.
+    """
+    run = resolved.config
+    problems = check_run(run, ranks)
+    if not problems:
+        plan = plan_of(run.plan, ranks)
+        problems = executable(plan) if to_run else []
+        if not problems:
+            return plan
+    raise ConfigError(located(problem, resolved.origins) for problem in problems)
+
+
+def plan_report(
+    arguments: argparse.Namespace,
+    resolved: Resolved[RunConfig],
+    other: Resolved[RunConfig] | None,
+    words: str,
+) -> Report:
+    """Do what the arguments ask for.
+
+    Args:
+        arguments: ``ranks``, ``show``, ``picture``, ``save``, ``diff_ranks``.
+        resolved: the run.
+        other: the run whose plan to compare with.
+        words: recipe, files and overrides as on the command line.
+    """
+    run, plan = resolved.config, fitting_plan(resolved, arguments.ranks)
+    tables = show(run, plan) if arguments.show else [summary(run, plan)]
+    notes: list[str] = []
+    if other:
+        ranks = arguments.diff_ranks or arguments.ranks
+        tables.append(_difference(run, plan, fitting_plan(other, ranks)))
+    if arguments.picture:
+        from weft.plan.picture import svg
+
+        _write(arguments.picture, svg(plan))
+        notes.append(f"drawn in {arguments.picture}")
+    if arguments.save:
+        _write(arguments.save, to_yaml(run.plan))
+        notes.append(f"saved in {arguments.save}")
+    missing = executable(plan)
+    if missing:
+        notes += ["planned, not run by this version:", *(f"  {problem}" for problem in missing)]
+    return Report(tuple(tables), tuple(notes), _next(arguments, words, runs=not missing))
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _difference(run: RunConfig, plan: Plan, other: Plan) -> Table:
+    changes = diff(plan, other)
+    if not changes:
+        return Table("the other plan is the same", ("", "", ""), ())
+    bytes_moved = moved(run.model, run.train.precision, plan, other)
+    rows = [
+        *changes,
+        ("received by all ranks", "", bytes_words(bytes_moved.total)),
+        (f"received by rank {bytes_moved.rank} (most)", "", bytes_words(bytes_moved.largest)),
+    ]
+    return Table("to the other plan", ("change", "this", "other"), tuple(rows))
+
+
+def _next(arguments: argparse.Namespace, words: str, runs: bool) -> tuple[str, ...]:
+    shown = () if arguments.show else (f"weft plan {words} --ranks {arguments.ranks} --show",)
+    if not runs:
+        return shown or (f"weft plan {words} --ranks {arguments.ranks} --picture plan.svg",)
+    if arguments.save:
+        kept = [word for word in shlex.split(words) if not word.startswith("plan.") and word[:5] != "plan="]
+        words = shlex.join([*kept, f"plan={arguments.save}"])
+    return (*shown, f"{launcher(arguments.ranks)} train {words}")
+
+
+def launcher(ranks: int) -> str:
+    """The command that starts so many ranks of ``weft``."""
+    if ranks == 1:
+        return "weft"
+    if ranks <= PER_NODE or ranks % PER_NODE:
+        return f"torchrun --nproc-per-node={ranks} -m weft"
+    return f"torchrun --nnodes={ranks // PER_NODE} --nproc-per-node={PER_NODE} -m weft"

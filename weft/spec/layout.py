@@ -1,0 +1,67 @@
+"""Settings of a plan: for each role of the model, a grid of ranks and who holds what on it.
+
+Only what users write. ``weft.plan`` turns it into grids and boxes and checks it against a model.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from weft.config.base import Config, setting
+from weft.config.errors import Problem
+
+StoreAxis = Literal["dp", "cp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig(Config):
+    """How parameters, gradients and optimizer state rest between uses (ZeRO, arXiv 1910.02054)."""
+
+    level: Literal[0, 1, 2, 3] = setting(
+        0, "cut over ranks: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too"
+    )
+    over: tuple[StoreAxis, ...] = setting(("dp",), "axes of the grid over which to cut")
+    shards: int = setting(
+        0, "ranks that share one copy, a divisor of the size of `over` (hybrid); 0 is all", ge=0
+    )
+    prefetch: int = setting(1, "units gathered ahead of their use at level 3", ge=0)
+
+    def check(self) -> Iterator[Problem]:
+        """Axes named once."""
+        if not self.over or len(set(self.over)) < len(self.over):
+            yield Problem("over", f"{list(self.over)} must name at least one axis, each once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutConfig(Config):
+    """One role's grid, axes from outer to inner: pp, dp, cp, tp, tp_embed.
+
+    ``tp`` cuts the inner dimensions (heads, mlp, vocabulary) and, between layers, the tokens. ``tp_embed``
+    cuts the residual width too, which makes tensor parallelism three-dimensional (rows, columns and, with
+    ``store`` at level 3, depth; AxoNN, arXiv 2502.08145).
+    """
+
+    ranks: str = setting("all", "ranks of the grid: 'all', '0-7' or '0-3,8-11'")
+    pp: int = setting(1, "pipeline stages", ge=1)
+    dp: int = setting(0, "copies that read different samples; 0 fills the ranks", ge=0)
+    cp: int = setting(1, "ranks that share the tokens of one sample", ge=1)
+    tp: int = setting(1, "ranks that share inner dimensions", ge=1)
+    tp_embed: int = setting(1, "ranks that share the residual width (3-D tensor parallelism)", ge=1)
+    shard: dict[str, str] = setting(dict, "dimension: axis; over heads, kv_heads, groups, mlp, vocab: tp")
+    store: StoreConfig = setting(StoreConfig, "how parameters rest")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig(Config):
+    """Grid of the routed experts over the decoder's ranks and stages: pp, edp, ep, etp."""
+
+    ep: int = setting(1, "ranks that share the experts", ge=1)
+    etp: int = setting(1, "ranks that share the inner width of each expert", ge=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(Config):
+    """Where each part of the model runs."""
+
+    decoder: LayoutConfig = setting(LayoutConfig, "token table, layers, head, MTP depths")
+    experts: ExpertsConfig = setting(ExpertsConfig, "routed experts")
