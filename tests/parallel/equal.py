@@ -18,7 +18,7 @@ from weft.parallel.mesh import mesh_of
 from weft.plan.box import Box
 from weft.spec.hybrid import HybridConfig
 from weft.spec.layout import PlanConfig
-from weft.spec.run import RunConfig, TrainConfig
+from weft.spec.run import RunConfig, RunSettings, TrainConfig
 from weft.train.loop import Trainer
 
 LENGTH = 11  # tokens of a sample: no power of two, so that ranks hold different numbers of them
@@ -61,9 +61,11 @@ def values_of(config: HybridConfig, seed: int = 1) -> dict[str, Tensor]:
     }
 
 
-def trainer_of(case: Case, plan: PlanConfig, comm: Comm, steps: int = 2, precision: str = "fp64") -> Trainer:
-    """A trainer of the case's model under a plan."""
-    config, (samples, micro) = model_of(case), case.batch
+def trainer_of(
+    case: Case, plan: PlanConfig, comm: Comm, batch: tuple[int, int] | None = None, directory: str = ""
+) -> Trainer:
+    """A trainer of the case's model under a plan; ``batch``: samples of a step, and of a forward pass."""
+    config, (samples, micro) = model_of(case), batch or case.batch
     values = values_of(config)
 
     def read(name: str, box: Box) -> Tensor:
@@ -71,17 +73,16 @@ def trainer_of(case: Case, plan: PlanConfig, comm: Comm, steps: int = 2, precisi
 
     mesh = mesh_of(plan, comm)
     train = TrainConfig(
-        train_iters=steps,
+        train_iters=2,
         global_batch_size=samples,
         micro_batch_size=micro,
-        precision=precision,
+        precision="fp64",
         recompute=case.recompute,
         loss_chunk=5,
     )
-    model = assemble_from(config, precision, CPU, read, mesh)
-    return Trainer(
-        RunConfig(model=config, train=train, plan=plan), model, Samples(case.packed, config.depths), mesh
-    )
+    run = RunConfig(run=RunSettings(dir=directory), model=config, train=train, plan=plan)
+    model = assemble_from(config, "fp64", CPU, read, mesh)
+    return Trainer(run, model, Samples(case.packed, config.depths), mesh)
 
 
 Boxes = list[tuple[str, Box, Tensor]]
@@ -98,21 +99,22 @@ def boxes(trainer: Trainer) -> Boxes:
     ]
 
 
-def run(trainer: Trainer, steps: int = 2) -> list[dict[str, Any]]:
-    """The rows of some steps."""
-    return [trainer.step(i, trainer.batches(trainer.samples)) for i in range(1, steps + 1)]
+def run(trainer: Trainer, first: int = 1) -> list[dict[str, Any]]:
+    """The rows of the steps from ``first`` to the second."""
+    return [trainer.step(i, trainer.batches(trainer.samples)) for i in range(first, 3)]
 
 
-def differences(case: Case, comm: Comm, steps: int = 2) -> list[str]:
+def differences(case: Case, comm: Comm) -> list[str]:
     """What differs on this rank from one process."""
     trainer = trainer_of(case, case.plan, comm)
-    rows = run(trainer, steps)
-    want_rows, want = reference(case)
-    found = [
-        f"{row['step']} {name}"
-        for row, one in zip(rows, want_rows, strict=True)
-        for name in differing(row, one)
-    ]
+    return compared(trainer, run(trainer), case, case.batch[0])
+
+
+def compared(trainer: Trainer, rows: list[dict[str, Any]], case: Case, samples: int) -> list[str]:
+    """What differs in the last rows, and after them, from two steps of one process on as many samples."""
+    want_rows, want = reference(model_of(case), samples, case.packed)
+    pairs = zip(rows, want_rows[-len(rows) :], strict=True)
+    found = [f"step {row['step']}: {name}" for row, one in pairs for name in differing(row, one)]
     seen: dict[str, int] = {}
     for name, box, tensor in boxes(trainer):
         expected = want[name][box.within(Box.whole(want[name].shape))]
@@ -123,20 +125,14 @@ def differences(case: Case, comm: Comm, steps: int = 2) -> list[str]:
     for name, tensor in tensors(trainer.model, trainer.model.config).items():
         if name.endswith("router.bias") and not torch.equal(tensor, want[f"buffer {name}"]):
             found.append(f"buffer {name}")
-    found += _missing(seen, want, comm)
-    return found
-
-
-def reference(case: Case) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """One process on the same samples."""
-    samples, _ = case.batch
-    return _reference(model_of(case), samples, case.packed, case.recompute)
+    return found + _missing(seen, want, trainer.comm)
 
 
 @lru_cache(maxsize=64)
-def _reference(
-    config: HybridConfig, samples: int, packed: bool, recompute: bool
+def reference(
+    config: HybridConfig, samples: int, packed: bool
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Two steps of one process in one microbatch: rows, and every parameter, gradient and buffer."""
     train = TrainConfig(
         train_iters=2, global_batch_size=samples, micro_batch_size=samples, precision="fp64", loss_chunk=64
     )

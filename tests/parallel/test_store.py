@@ -266,7 +266,7 @@ def test_pieces_tile_every_parameter(axes: dict, store: dict, level: int) -> Non
             for piece in made.pieces(lambda flat: flat.master)
         ]
         for piece in made.pieces(lambda flat: flat.shard):
-            piece.tensor += 1
+            piece.tensor.add_(1)
         made.adopt()
         with made.gathered():
             for spec in (spec for spec in model.config.params() if not spec.buffer):

@@ -11,6 +11,10 @@ from tests.tiny import CONFIG, batch
 from weft.build.model import assemble
 from weft.config.load import from_dict
 from weft.ops.segments import Segments
+from weft.parallel.comm import Comm
+from weft.parallel.mesh import mesh_of
+from weft.parallel.store import Store
+from weft.parallel.threads import run_threads
 from weft.plan.layout import Plan, plan_of
 from weft.plan.memory import largest, memory
 from weft.plan.units import units
@@ -55,19 +59,28 @@ def test_units_are_the_whole_model(tied: bool) -> None:
     assert names == {spec.name for spec in CONFIG.params()}
 
 
-def test_levels_cut_one_thing_after_the_other() -> None:
-    whole, *cut = [
-        memory(run, planned(run, 4), 0)
-        for level in range(4)
-        for run in [run_of(decoder={"store": {"level": level}})]
-    ]
-    fields = ("moments", "gradients", "weights")
-    for level, need in enumerate(cut, start=1):
-        for i, field in enumerate(fields):
-            share = getattr(need, field) / getattr(whole, field)
-            assert share == pytest.approx(0.25 if i < level else 1.0, rel=0.02)
-    assert (whole.gathered, cut[0].gathered) == (0, 0)
-    assert 0 < cut[1].gathered < cut[2].gathered
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("level", [0, 1, 2, 3])
+def test_what_a_store_really_holds(level: int, precision: str) -> None:
+    """But for the elements that align its buffers."""
+    wide = replace(CONFIG, hidden_size=64, head_dim=32, vocab_size=1021, moe_intermediate_size=64)
+    run = run_of(precision, decoder={"tp": 2, "store": {"level": level}})
+    run = replace(run, model=wide)
+
+    def held(comm: Comm) -> tuple[int, int, int]:
+        mesh = mesh_of(run.plan, comm)
+        model = assemble(wide, precision, torch.device("cpu"), 0, mesh)
+        flats = Store(model, wide.params(), precision, mesh).flats
+        parts = [tensor for flat in flats for s in flat.sections for tensor in (s.compute, s.total)]
+        parts += [tensor for flat in flats for tensor in (flat.shard, flat.master, flat.grad)]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in parts}
+        moments = sum(2 * flat.master.nbytes for flat in flats)
+        return sum(storages.values()), moments, sum(buffer.nbytes for buffer in model.buffers())
+
+    need = memory(run, planned(run, 4), 0)
+    rests, moments, buffers = run_threads(4, held)[0]
+    assert need.moments == pytest.approx(moments, rel=0.01)
+    assert need.state == pytest.approx(rests + moments + buffers, rel=0.01)
 
 
 @pytest.mark.parametrize("decoder", [{"tp": 2}, {"tp": 2, "tp_embed": 2}, {"tp": 4}, {"tp": 2, "pp": 2}])

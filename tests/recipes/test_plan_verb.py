@@ -64,7 +64,7 @@ def test_a_wrong_file_is_blamed_line_by_line(tmp_path: Path) -> None:
         run_with(f"plan={file}")
     assert [str(problem) for problem in caught.value.problems] == [
         "plan.schedule: unknown name; plan has decoder, experts (wrong.yaml:4)",
-        "plan.decoder.t_p: unknown name; did you mean plan.decoder.tp or plan.decoder.tp_embed? (wrong.yaml:2)",
+        "plan.decoder.t_p: unknown name; did you mean plan.decoder.tp? (wrong.yaml:2)",
         "plan.decoder.tp: expected a whole number of at least 1, not 'two' (wrong.yaml:3)",
     ]
 

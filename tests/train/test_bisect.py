@@ -1,7 +1,7 @@
 """Plans that are equal agree; a fault of one rank is found in its unit, tensor and rank."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -18,26 +18,37 @@ from weft.spec.hybrid import HybridConfig
 from weft.spec.layout import LayoutConfig, PlanConfig
 from weft.train import trace
 from weft.train.bisect import Fault, Tally, bisect
-from weft.train.trace import Step, run_plan
+from weft.train.trace import Step, Trace, run_plan
 
 SAMPLES = [batch((6, 5), 0), batch((11,), 1), batch((3, 9), 2)]
-NAMES = ("weights", "forward", "losses", "backward", "gradients")
+Run = Callable[..., Tensor]
+PHASES = ("weights", "forward", "losses", "backward", "gradients")
 
 
-def compared(
-    model: HybridConfig, precision: str = "fp64", **sizes: int
-) -> tuple[list[Tally], Fault | None]:
+def compared(model: HybridConfig, precision: str = "fp64", **sizes: int) -> tuple[list[Tally], Fault | None]:
     """One process against a plan with these sizes."""
-    step = Step(model, SAMPLES, precision)
     decoder = LayoutConfig(**sizes)
     ranks = max(1, decoder.dp) * decoder.tp * decoder.tp_embed
-    sides = [run_plan(PlanConfig(), 1, step), run_plan(PlanConfig(decoder=decoder), ranks, step)]
-    return bisect(sides[0], sides[1], precision)
+    several = run_plan(PlanConfig(decoder=decoder), ranks, Step(model, SAMPLES, precision))
+    return bisect(alone(model, precision), several, precision)
+
+
+@cache
+def alone(model: HybridConfig, precision: str) -> Trace:
+    return run_plan(PlanConfig(), 1, Step(model, SAMPLES, precision))
 
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"tp": 2}, {"tp_embed": 2}, {"dp": 2}, {"dp": 3}, {"tp": 4}, {"tp": 2, "tp_embed": 2}, {"tp": 2, "dp": 2}],
+    [
+        {"tp": 2},
+        {"tp_embed": 2},
+        {"dp": 2},
+        {"dp": 3},
+        {"tp": 4},
+        {"tp": 2, "tp_embed": 2},
+        {"tp": 2, "dp": 2},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("precision", ["fp64", "fp32"])
@@ -45,7 +56,7 @@ def test_equal_plans_agree(precision: str, sizes: dict[str, int]) -> None:
     """Two key/value heads and two groups, so four ranks share them; three samples, so two readers differ."""
     tallies, fault = compared(CONFIG, precision, **sizes)
     assert fault is None
-    assert tuple(dict.fromkeys(tally.phase for tally in tallies)) == NAMES
+    assert tuple(dict.fromkeys(tally.phase for tally in tallies)) == PHASES
     assert max(tally.difference for tally in tallies) < (1e-12 if precision == "fp64" else 1e-5)
 
 
@@ -101,7 +112,9 @@ def planted(monkeypatch: pytest.MonkeyPatch, rank: int, change: Callable[[Hybrid
     monkeypatch.setattr(trace, "assemble", assemble)
 
 
-def wrap(model: HybridLM, path: str, around: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
+def wrap(
+    model: HybridLM, path: str, around: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+) -> None:
     slot = model.get_submodule(path)
     slot.forward = around(slot.forward)
 
@@ -114,8 +127,7 @@ def found(**sizes: int) -> Fault:
 
 def test_a_wrong_scale_of_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 1's tokens of one projection back to the residual."""
-    scaled = lambda run: lambda *a: run(*a) * 1.001
-    planted(monkeypatch, 1, lambda model: wrap(model, "layers.2.mixer.o_proj.product", scaled))
+    planted(monkeypatch, 1, lambda model: wrap(model, "layers.2.mixer.o_proj.product", scaled(1.001)))
     fault = found(tp=2)
     assert (fault.at.phase, fault.at.unit, fault.at.tensor) == ("forward", "layers.2", "mixer.o_proj")
     assert fault.ranks == ((0,), (1,))
@@ -127,8 +139,11 @@ def test_a_wrong_scale_of_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_wrong_summand_of_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """The inputs agree, so the projection itself is named; its sum spoils the rows of all ranks."""
-    scaled = lambda run: lambda x, weight, tokens: run(x, 1.001 * weight, tokens)
-    planted(monkeypatch, 1, lambda model: wrap(model, "layers.0.mixer.out_proj.product", scaled))
+
+    def one_summand(run: Run) -> Run:
+        return lambda x, weight, tokens: run(x, 1.001 * weight, tokens)
+
+    planted(monkeypatch, 1, lambda model: wrap(model, "layers.0.mixer.out_proj.product", one_summand))
     fault = found(tp=2)
     assert (fault.at.unit, fault.at.tensor) == ("layers.0", "mixer.out_proj")
     assert fault.before is not None
@@ -148,7 +163,7 @@ class Doubled(torch.autograd.Function):
         return 2 * grad
 
 
-def doubled(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def doubled(run: Run) -> Run:
     return lambda x, *more: run(Doubled.apply(x), *more)
 
 
@@ -210,15 +225,18 @@ def test_wrong_weights_of_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
     planted(monkeypatch, 3, change)
     fault = found(tp=4)
-    assert (fault.at.phase, fault.at.unit, fault.at.tensor) == ("weights", "layers.2", "mixer.qkv_proj.weight")
+    assert (fault.at.phase, fault.at.unit, fault.at.tensor) == (
+        "weights",
+        "layers.2",
+        "mixer.qkv_proj.weight",
+    )
     assert fault.ranks[1] == (3,)
     assert (fault.row, fault.column) == (63, 3)
 
 
 def test_a_tensor_that_only_one_plan_has_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """One process multiplies through the shared expert in one operation."""
-    scaled = lambda run: lambda *a: run(*a) * 1.001
-    planted(monkeypatch, 0, lambda model: wrap(model, "layers.1.mixer.shared.up_proj.product", scaled))
+    planted(monkeypatch, 0, lambda model: wrap(model, "layers.1.mixer.shared.up_proj.product", scaled(1.001)))
     fault = found(tp=2)
     assert (fault.at.unit, fault.at.tensor) == ("layers.1", "output")
     assert [tensor for _, tensor in fault.unseen] == [
@@ -229,9 +247,10 @@ def test_a_tensor_that_only_one_plan_has_is_named(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_is_not_a_number_differs(monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing = lambda run: lambda *a: run(*a) * float("nan")
-    planted(monkeypatch, 1, lambda model: wrap(model, "norm.total", nothing))
-    planted(monkeypatch, 1, lambda model: wrap(model, "layers.3.mixer.down_proj.product", nothing))
+    planted(monkeypatch, 1, lambda model: wrap(model, "norm.total", scaled(float("nan"))))
+    planted(
+        monkeypatch, 1, lambda model: wrap(model, "layers.3.mixer.down_proj.product", scaled(float("nan")))
+    )
     fault = found(tp=2)
     assert (fault.at.unit, fault.at.tensor, fault.ranks[1]) == ("layers.3", "output", (1,))
     assert fault.values[1] != fault.values[1]

@@ -86,10 +86,11 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         train(other, {})
 
 
-def test_batch_that_ranks_cannot_share(tmp_path: Path) -> None:
+def test_plan_that_does_not_fit(tmp_path: Path) -> None:
     config = small(tmp_path / "run", build("nemotron3_nano_30b_pretrain_tiny"))
-    with pytest.raises(ConfigError, match="cannot be shared by 1 ranks"):
-        train(replace(config, train=replace(config.train, micro_batch_size=3)), {})
+    plan = replace(config.plan, decoder=replace(config.plan.decoder, tp=2))
+    with pytest.raises(ConfigError, match="does not divide the 1 rank"):
+        train(replace(config, plan=plan), {})
 
 
 def test_empty_corpus(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from tests.train.runs import STEPS, small, tensors
-from weft.config.load import to_yaml
+from weft.config.load import from_yaml, to_yaml
 from weft.recipes.registry import build
+from weft.spec.layout import LayoutConfig, PlanConfig, StoreConfig
 from weft.spec.run import RunConfig
 from weft.train.metrics import read_rows
 from weft.train.run import train
@@ -68,3 +69,27 @@ def test_two_processes_equal_one_and_one_goes_on_from_two(tmp_path: Path) -> Non
     for name, tensor in [*tensors(two).items(), *tensors(resumed).items()]:
         if not name.startswith("rng/"):
             torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-10, msg=name)
+
+
+LAYOUTS = {
+    "tensor and cut store": PlanConfig(
+        decoder=LayoutConfig(tp=2, dp=2, store=StoreConfig(level=3, over=("dp",)))
+    ),
+    "three-dimensional": PlanConfig(decoder=LayoutConfig(tp=2, tp_embed=2, store=StoreConfig(level=1))),
+}
+
+
+@pytest.mark.parametrize("plan", LAYOUTS.values(), ids=list(LAYOUTS))
+def test_four_processes_of_a_layout_equal_one(tmp_path: Path, plan: PlanConfig) -> None:
+    """Losses, routing and the last checkpoint; then one process goes on from it."""
+    recipe = build(RECIPE)
+    recipe = replace(recipe, train=replace(recipe.train, precision="fp64"))
+    alone, four, resumed = (tmp_path / name for name in ("alone", "four", "resumed"))
+    train(small(alone, recipe), {})
+    launch(replace(small(four, recipe), plan=plan), tmp_path, ranks=4)
+    assert losses(four) == pytest.approx(losses(alone), abs=1e-10)
+    hashes = [[row["routing_hash"] for row in read_rows(run / "metrics.jsonl")] for run in (alone, four)]
+    assert hashes[0] == hashes[1]
+    train(small(resumed, recipe, load=str(four / "checkpoints" / "step_0000003")), {})
+    assert losses(resumed) == pytest.approx(losses(alone)[3:], abs=1e-10)
+    assert from_yaml(PlanConfig, (four / "plan.yaml").read_text()) == plan

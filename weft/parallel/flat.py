@@ -216,8 +216,8 @@ class Flat:
 def _merged(runs: Iterable[Run]) -> Iterator[Run]:
     """Neighbours of the same ranks as one run, with the padding between them (zeros).
 
-    A larger gap stays: there another rank may have a run (of an uneven vocabulary), and all must agree on what
-    they sum together.
+    A larger gap stays: there another rank may have a run (of an uneven vocabulary), and all must agree on
+    what they sum together.
     """
     last: Run | None = None
     for run in sorted(runs, key=lambda run: run.start):

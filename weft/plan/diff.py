@@ -1,8 +1,9 @@
 """What changes from one plan to another, and how many bytes each rank has to receive for it.
 
 A rank receives what rests with it under the second plan and not under the first: weights, and the optimizer's
-master copy and moments. Gradients do not outlive a step. Bytes are exact for buffers that hold a unit's
-parameters in the order of its specs and are cut evenly (``shard.share``).
+master copy and moments. Gradients do not outlive a step. Where the store cuts, bytes are exact for buffers
+that hold a unit's parameters in the order of its specs and are cut evenly (``shard.share``); a store that
+aligns buffers or joins units moves the ends of these cuts, which changes little.
 """
 
 import math

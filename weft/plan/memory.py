@@ -1,9 +1,9 @@
 """Bytes that a plan asks of one rank: state exactly, activations as an estimate.
 
-State is what rests: weights, gradients, master copies and moments of the rank's boxes, cut by the store.
-What a unit needs on top while it runs is counted for the largest units. Activations are what autograd keeps
-of one microbatch between forward and backward (see ``_kept``); attention's scores, gathered copies of
-activations and the allocator's slack are not counted.
+State is what rests: weights, gradients, master copies and moments of the rank's boxes, cut by the store (but
+for the few elements that align buffers). What a unit needs on top while it runs is counted for the largest
+units. Activations are what autograd keeps of one microbatch between forward and backward (see ``_kept``);
+attention's scores, gathered copies of activations and the allocator's slack are not counted.
 """
 
 import math
@@ -30,7 +30,7 @@ class Memory:
     Attributes:
         weights: parameters as layers read them, between uses.
         gradients: sums over microbatches, between uses.
-        master: the optimizer's copy, where layers read another dtype.
+        master: what the optimizer writes, where layers read another dtype or more than this rank's cut of it.
         moments: the two moments of AdamW.
         gathered: whole weights (store level 3) and gradients (from level 2) of the units at work.
         activations: an estimate of what the microbatches in flight keep.
@@ -93,10 +93,11 @@ def _unit(plan: Plan, unit: Unit, rank: int, precision: str) -> tuple[Memory, in
     rests, busy = Memory(), 0
     for (state, _, _), (whole, cuts) in buffers.items():
         cut = -(-whole // cuts)
+        own = cut if cuts > 1 and level < 3 else 0  # what the optimizer writes lies beside what layers read
         rests += Memory(
             weights=state.weight * (cut if level >= 3 else whole),
-            gradients=state.gradient * (cut if level >= 2 else whole),
-            master=state.master * cut,
+            gradients=state.gradient * (cut if level >= 2 else whole + own),
+            master=state.master * cut + state.weight * own,
             moments=state.moments * cut,
         )
         if cuts > 1:

@@ -18,7 +18,7 @@ _INNER = {"tp", "tp_embed", "ep", "etp"}  # axes that are columns of the picture
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a title and a head, either of which may be empty; lines of a ``picture`` differ in colour."""
+    """Rows under a title and a head, which may be empty; lines of a ``picture`` differ in colour."""
 
     title: str
     head: Row

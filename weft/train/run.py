@@ -29,6 +29,8 @@ from weft.parallel.launch import connected
 from weft.parallel.mesh import mesh_of
 from weft.parallel.together import on_chief, on_every
 from weft.parallel.watchdog import Watchdog
+from weft.plan.check import check_run, executable
+from weft.plan.layout import plan_of
 from weft.spec.count import count
 from weft.spec.run import RunConfig
 from weft.train.environment import environment
@@ -54,6 +56,17 @@ def pick_device(config: RunConfig) -> torch.device:
     if config.run.device == "cuda" and not cuda:
         raise ConfigError([Problem("run.device", "cuda, but torch sees no CUDA device; use cpu or auto")])
     return torch.device("cuda" if cuda and config.run.device != "cpu" else "cpu")
+
+
+def check_plan(config: RunConfig, world: int) -> None:
+    """Refuse a plan that does not fit the model and the ranks, or that this version does not run.
+
+    Raises:
+        ConfigError: every problem at once.
+    """
+    problems = check_run(config, world) or executable(plan_of(config.plan, world))
+    if problems:
+        raise ConfigError(problems)
 
 
 def train(config: RunConfig, origins: dict[str, str]) -> Path:
@@ -87,6 +100,7 @@ class Run:
         beat: Callable[[int, str], None],
     ) -> None:
         self.config, self.comm, self.device, self.beat = config, comm, device, beat
+        check_plan(config, comm.size)
         self.mesh = mesh_of(config.plan, comm)
         self.dir = config.directory
         self.chief = comm.rank == 0
@@ -138,6 +152,7 @@ class Run:
 
     def _write_settings(self, origins: dict[str, str]) -> None:
         replace_text(self.dir / "config.yaml", to_yaml(self.config))
+        replace_text(self.dir / "plan.yaml", to_yaml(self.config.plan))
         write_json(self.dir / "origins.json", origins)
         write_json(self.dir / "environment.json", environment(self.device))
         for name, kept in (("hf", self.saving.beside("hf")), ("tokenizer", self.saving.beside("tokenizer"))):

@@ -110,8 +110,9 @@ def run_plan(plan: PlanConfig, ranks: int, step: Step) -> Trace:
             ("head", name): _piece(mesh.rank, torch.arange(1), torch.arange(1), part)
             for name, part in zip(PARTS, parts, strict=True)
         }
-        gradients = _parameters(model, mesh, _gradient)
-        return [weights, recorder.forward, losses, recorder.backward, gradients]
+        arrived = recorder.backward
+        backward = {name: arrived[name] for name in recorder.forward if name in arrived}
+        return [weights, recorder.forward, losses, backward, _parameters(model, mesh, _gradient)]
 
     results = run_threads(ranks, work, PATIENCE)
     return Trace(*(_joined(phase) for phase in zip(*results, strict=True)))
@@ -124,7 +125,8 @@ def _joined(ranks: Sequence[Mapping[Name, Piece]]) -> Pieces:
 
 
 def _piece(rank: int, rows: Tensor, columns: Tensor, value: Tensor) -> Piece:
-    return Piece(rank, rows, columns, value.detach().reshape(len(rows), -1).to(torch.float64, copy=True))
+    whole = value.detach().reshape(len(rows), len(columns))
+    return Piece(rank, rows, columns, whole.to(torch.float64, copy=True))
 
 
 def _parameters(model: HybridLM, mesh: Mesh, read: Callable[[Tensor], Tensor]) -> dict[Name, Piece]:
