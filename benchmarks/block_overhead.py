@@ -1,7 +1,7 @@
 """What Weft's layers add to the operations they call: a block of each kind against a plain script.
 
-The plain side is the functions below: the same ``weft.ops`` calls on the same tensors, without modules, slots or
-context. Hidden 512, 4,096 tokens in documents of 512, fp32; forward and backward, interleaved, medians of nine.
+The plain side is the functions below: the same ``weft.ops`` calls on the same tensors, without modules, slots
+or context. Hidden 512, 4,096 tokens in documents of 512, fp32; forward and backward, interleaved, medians.
 
     python benchmarks/block_overhead.py            # writes benchmarks/block_overhead.json
 """

@@ -64,9 +64,7 @@ def test_balance_of_documents_adds_up():
     logits, bias = inputs()
     _, experts, scores = route(logits, bias, 3)
     both = balance(scores, experts, Segments((5, 9)), 0.7)
-    apart = [
-        balance(scores[a:b], experts[a:b], Segments((b - a,)), 0.7) for a, b in ((0, 5), (5, 14))
-    ]
+    apart = [balance(scores[a:b], experts[a:b], Segments((b - a,)), 0.7) for a, b in ((0, 5), (5, 14))]
     assert (both - sum(apart)).abs() < 1e-12
 
 

@@ -112,11 +112,14 @@ def planted(monkeypatch: pytest.MonkeyPatch, rank: int, change: Callable[[Hybrid
     monkeypatch.setattr(trace, "assemble", assemble)
 
 
-def wrap(
-    model: HybridLM, path: str, around: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
-) -> None:
+def wrap(model: HybridLM, path: str, around: Callable[[Run], Run]) -> None:
+    """Replace what a slot does."""
     slot = model.get_submodule(path)
     slot.forward = around(slot.forward)
+
+
+def scaled(factor: float) -> Callable[[Run], Run]:
+    return lambda run: lambda *given: run(*given) * factor
 
 
 def found(**sizes: int) -> Fault:
@@ -247,10 +250,8 @@ def test_a_tensor_that_only_one_plan_has_is_named(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_is_not_a_number_differs(monkeypatch: pytest.MonkeyPatch) -> None:
-    planted(monkeypatch, 1, lambda model: wrap(model, "norm.total", scaled(float("nan"))))
-    planted(
-        monkeypatch, 1, lambda model: wrap(model, "layers.3.mixer.down_proj.product", scaled(float("nan")))
-    )
+    nothing = scaled(float("nan"))
+    planted(monkeypatch, 1, lambda model: wrap(model, "layers.3.mixer.down_proj.product", nothing))
     fault = found(tp=2)
     assert (fault.at.unit, fault.at.tensor, fault.ranks[1]) == ("layers.3", "output", (1,))
     assert fault.values[1] != fault.values[1]

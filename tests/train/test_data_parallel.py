@@ -21,7 +21,6 @@ from weft.parallel.mesh import mesh_of
 from weft.parallel.threads import run_threads
 from weft.spec.count import mean_context, training_flops_per_token
 from weft.spec.run import RunConfig, TrainConfig
-from weft.spec.layout import PlanConfig
 from weft.train.loop import NotFinite, Trainer
 
 
@@ -41,7 +40,9 @@ def two_steps(
 ) -> tuple[list[dict], dict[str, torch.Tensor], list[torch.Tensor]]:
     model = make(precision)
     train = TrainConfig(train_iters=2, global_batch_size=4, micro_batch_size=micro, precision=precision)
-    trainer = Trainer(RunConfig(model=model.config, train=train), model, Documents(), mesh_of(PlanConfig(), comm))
+    trainer = Trainer(
+        RunConfig(model=model.config, train=train), model, Documents(), mesh_of(PlanConfig(), comm)
+    )
     rows, grads = [], []
     for step in (1, 2):
         rows.append(trainer.step(step, trainer.batches(trainer.samples)))
@@ -251,7 +252,9 @@ def _with_token(token: int) -> Batch:
 def trainer(comm: Comm) -> Trainer:
     model = make("fp64")
     train = TrainConfig(global_batch_size=comm.size, micro_batch_size=1, precision="fp64")
-    return Trainer(RunConfig(model=model.config, train=train), model, Documents(), mesh_of(PlanConfig(), comm))
+    return Trainer(
+        RunConfig(model=model.config, train=train), model, Documents(), mesh_of(PlanConfig(), comm)
+    )
 
 
 def trainer_of(batches: list[Batch], comm: Comm | None = None) -> dict:

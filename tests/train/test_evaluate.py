@@ -71,7 +71,12 @@ def test_a_rank_without_windows_adds_nothing() -> None:
     split = tiny_split()
 
     def share(comm: Comm) -> Evaluation:
-        return evaluate(make("fp64"), split.windows(1000, 2, 2, part=comm.rank, parts=2), mesh_of(PlanConfig(), comm), chunk=5)
+        return evaluate(
+            make("fp64"),
+            split.windows(1000, 2, 2, part=comm.rank, parts=2),
+            mesh_of(PlanConfig(), comm),
+            chunk=5,
+        )
 
     first, second = run_threads(2, share)
     assert first == second

@@ -173,7 +173,7 @@ class _Filler:
         """What takes the place of a slot of the layer that owns the weight ``spec``; None if it stays."""
         match slot:
             case Product():
-                return self.product(*spec.dims, device)
+                return self.product(spec.dims[0], spec.dims[1], device)
             case Total():
                 return self.total(slot, spec)
             case Lookup() if self.all.size > 1:

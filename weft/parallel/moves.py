@@ -98,7 +98,8 @@ class Features:
         """``scatter`` under way."""
         parts = y.index_select(1, self._send).unflatten(1, (self._ranks, -1)).transpose(0, 1)
         pending = self.comm.start_reduce_scatter(parts)
-        return pending.wait if self._own is None else lambda: pending.wait() * self._own
+        own = self._own
+        return pending.wait if own is None else lambda: pending.wait() * own
 
 
 class Blocks:

@@ -53,7 +53,9 @@ def compare_plans(
         console.print(f"\nthey agree: no tensor differs by more than {limit:g} of its largest value")
     else:
         console.print("\n".join(_verdict(fault, tallies)))
-    return int(fault is not None), _following(words, sides, fault)
+    return int(fault is not None), _following(
+        words, sides, fault, [*["--mock"] * mock, "--precision", precision]
+    )
 
 
 class _NotTokenized(Exception):
@@ -115,12 +117,12 @@ def _verdict(fault: Fault, tallies: Sequence[Tally]) -> Iterator[str]:
         if (tally.phase, tally.unit) == (at.phase, at.unit):
             yield f"  {tally.tensor:<28}{tally.difference:>10.1e}  {'DIFFERS' if tally.differs else 'ok'}"
     names = [" and ".join(map(str, ranks)) or "none" for ranks in fault.ranks]
-    yield f"\nthey differ, first in {_shown(at)}: {at.unit}, {at.tensor}, rank {names[1]} of plan B"
-    yield f"  at row {fault.row}, column {fault.column}: A {fault.values[0]:.9g} (rank {names[0]}), "
+    ranks = " and ".join(map(str, fault.spread))
+    yield f"\nthey differ, first in {_shown(at)}: {at.unit}, {at.tensor}, rank {ranks or 'none'} of plan B"
+    yield f"  largest at row {fault.row}, column {fault.column}: A {fault.values[0]:.9g} (rank {names[0]}),"
     yield f"  B {fault.values[1]:.9g} (rank {names[1]}, rows {top} to {bottom}, columns {left} to {right})"
     if len(fault.spread) > 1:
-        ranks = ", ".join(map(str, fault.spread))
-        yield f"  ranks {ranks} are off alike: one of them may have spoiled a sum for the others"
+        yield "  these ranks are off alike: one of them may have spoiled a sum for the others"
     if fault.before:
         before = f"{fault.before.unit} {fault.before.tensor}"
         yield f"  what comes before agrees; nearest is {before}, to {fault.before.difference:.1e}"
@@ -129,7 +131,9 @@ def _verdict(fault: Fault, tallies: Sequence[Tally]) -> Iterator[str]:
         yield f"  in between, and of one plan only: {unseen}"
 
 
-def _following(words: Sequence[str], sides: tuple[Side, Side], fault: Fault | None) -> list[str]:
+def _following(
+    words: Sequence[str], sides: tuple[Side, Side], fault: Fault | None, given: list[str]
+) -> list[str]:
     """Train with plan B; or compare its axes one by one; or, of one axis, compare fewer tokens."""
     side = sides[1]
     if fault is None:
@@ -139,7 +143,7 @@ def _following(words: Sequence[str], sides: tuple[Side, Side], fault: Fault | No
         return [shlex.join(train)]
     sizes = {axis: getattr(side.plan.decoder, axis) for axis in ("dp", "tp", "tp_embed")}
     plans = [f"decoder.{axis}={size}" for axis, size in sizes.items() if size > 1]
-    compare = ["weft", "compare", *words]
+    compare = ["weft", "compare", *words, *given]
     if len(plans) > 1:
         return [shlex.join([*compare, "--plan", "one", "--plan", plan]) for plan in plans]
     return [shlex.join([*compare, "data.seq_length=16", "--plan", sides[0].text, "--plan", side.text])]

@@ -115,9 +115,7 @@ class Trainer:
         counts = self.load.finish(self.comm, config.model.router_bias_update_rate)
         return row | self._progress(totals, began) | _load_row(counts)
 
-    def _backward(
-        self, batches: Sequence[Batch], totals: Totals
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def _backward(self, batches: Sequence[Batch], totals: Totals) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Gradients of this rank's microbatches; its PARTS, the entropy of each router, the routing hash."""
         self.store.zero_grad()
         entropies: dict[str, Tensor] = {}

@@ -127,9 +127,7 @@ def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     return tokens, future, mask, Segments(batch.lengths)
 
 
-def objective(
-    model: HybridLM, batch: Batch, totals: Totals, chunk: int
-) -> tuple[Tensor, Tensor, Losses]:
+def objective(model: HybridLM, batch: Batch, totals: Totals, chunk: int) -> tuple[Tensor, Tensor, Losses]:
     """One microbatch's share of the loss, its PARTS (detached), and everything the model reports."""
     tokens, future, mask, segments = to_device(batch, model.embed.weight.device)
     scales = [1.0 / max(1, n) for n in totals.targets]
