@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 import shlex
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -71,7 +72,7 @@ def sessions(text: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def check(command: str, shown: list[str], place: str) -> None:
-    """Run ``weft ...``: the lines shown occur in its output, in order, and it fails only if an error is shown."""
+    """Run ``weft ...``: its output has the lines shown, in order; it fails only where an error is shown."""
     program, *arguments = shlex.split(command, comments=True)
     assert program == "weft", f"{place}: {command}"
     written = io.StringIO()
@@ -82,3 +83,9 @@ def check(command: str, shown: list[str], place: str) -> None:
     rest = iter(output)
     for line in shown:
         assert line.rstrip() in rest, f"{place}: {command} does not show {line!r} there: {output}"
+
+
+def test_the_package_alone_imports_no_torch():
+    program = "import sys, weft; weft.__version__; print('torch' in sys.modules, hasattr(weft, 'starts'))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False False\n"
