@@ -78,7 +78,7 @@ def trainer_of(
         micro_batch_size=micro,
         precision="fp64",
         recompute=case.recompute,
-        loss_chunk=5,
+        loss_chunk=16,
     )
     run = RunConfig(run=RunSettings(dir=directory), model=config, train=train, plan=plan)
     model = assemble_from(config, "fp64", CPU, read, mesh)
