@@ -63,9 +63,9 @@ def test_recompute_is_the_same_bits(precision: str) -> None:
     for recompute in (False, True):
         model = make(precision)
         model.set_recompute(recompute)
-        loss, _, stats = objective(model, packed, totals, chunk=16)
+        loss, _, reported = objective(model, packed, totals, chunk=16)
         loss.backward()
-        results.append((loss.detach(), gradients(model), {k: s.counts for k, s in stats.items()}))
+        results.append((loss.detach(), gradients(model), {k: s.counts for k, s in reported.stats.items()}))
     (loss_a, kept, counts_a), (loss_b, again, counts_b) = results
     assert torch.equal(loss_a, loss_b)
     assert all(torch.equal(kept[name], again[name]) for name in kept)
@@ -94,8 +94,8 @@ def test_repeated_mtp_depth_is_one_set_of_parameters() -> None:
     model = make()
     assert len(model.mtp) == 1
     packed = batch((30,))
-    _, parts, stats = objective(model, packed, count([packed], SingleComm()), chunk=16)
-    assert {"mtp.0.layers.1", "mtp.1.layers.1"} <= set(stats)
+    _, parts, reported = objective(model, packed, count([packed], SingleComm()), chunk=16)
+    assert {"mtp.0.layers.1", "mtp.1.layers.1"} <= set(reported.stats)
     assert parts[1] > 0
 
 

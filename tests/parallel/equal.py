@@ -161,9 +161,9 @@ def _missing(seen: dict[str, int], want: dict[str, Tensor], comm: Comm) -> list[
     return [f"{n}: {total} elements owned" for n, total in totals.items() if total != want[n].numel()]
 
 
-def on_processes(comm: Comm, arguments: dict[str, Any]) -> list[str]:
+def on_processes(comm: Comm, case: dict[str, Any]) -> list[str]:
     """``differences`` for a gang of processes."""
-    return differences(Case(**arguments["case"]), comm)
+    return differences(Case(**case), comm)
 
 
 def as_arguments(case: Case) -> dict[str, Any]:

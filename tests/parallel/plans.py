@@ -139,14 +139,16 @@ def cases(count: int, most_ranks: int = MOST_RANKS) -> tuple[Case, ...]:
     left = all_pairs() - set(infeasible())
     chosen: list[Case] = []
     while len(chosen) < count:
-        seed = dict(rng.choice(sorted(left, key=str))) if left else {}
-        drawn = [case for case in (draw(rng, seed) for _ in range(60)) if not any(case.faults)]
+        wanted: Pair | tuple[()] = rng.choice(sorted(left, key=str)) if left else ()
+        drawn = [case for case in (draw(rng, dict(wanted)) for _ in range(60)) if not any(case.faults)]
         most = most_ranks if left else min(most_ranks, SMALL)
         drawn = [case for case in drawn if case.ranks <= most and case not in chosen]
         if drawn:
             best = max(drawn, key=lambda case: len(pairs(case) & left))
             chosen.append(best)
             left -= pairs(best)
+        else:
+            left -= {wanted}  # needs more ranks than are asked for
     return tuple(chosen)
 
 

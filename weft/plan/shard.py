@@ -10,7 +10,7 @@ Tensor parallelism has a *plane* of ``tp x tp_embed`` ranks; place ``(t, e)`` ha
 A parameter with an ``embed`` and an ``inner`` dimension has the first cut over tp_embed and the second over
 tp, each rank holding the inner items of all places of its row. A token table keeps ``embed`` whole.
 ``kv_heads`` and ``groups`` that are fewer than the places are shared by neighbouring places, which is exact
-because the gradient of a parameter is the sum over all ranks that hold it (docs/design.md, law 2).
+because the gradient of a parameter is the sum over all ranks that hold it (docs/design.md, law 1).
 """
 
 from collections.abc import Iterator, Mapping
