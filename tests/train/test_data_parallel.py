@@ -20,6 +20,7 @@ from weft.parallel.comm import Comm, SingleComm
 from weft.parallel.mesh import mesh_of
 from weft.parallel.threads import run_threads
 from weft.spec.count import mean_context, training_flops_per_token
+from weft.spec.layout import PlanConfig
 from weft.spec.run import RunConfig, TrainConfig
 from weft.train.loop import NotFinite, Trainer
 
