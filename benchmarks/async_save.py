@@ -28,7 +28,7 @@ from weft.train.environment import environment
 from weft.train.loop import Trainer
 from weft.train.saving import Saving
 
-SAMPLES, LENGTH, ROUNDS = 16, 512, 5
+SAMPLES, LENGTH, ROUNDS = 8, 512, 7
 LIMIT = 0.05
 
 
@@ -57,7 +57,7 @@ def settings(directory: str, background: bool) -> RunConfig:
     return replace(
         config,
         run=replace(config.run, dir=directory),
-        train=replace(config.train, global_batch_size=SAMPLES, micro_batch_size=4),
+        train=replace(config.train, global_batch_size=SAMPLES, micro_batch_size=8),
         checkpoint=replace(config.checkpoint, load="", async_save=background, most_recent_k=1),
     )
 

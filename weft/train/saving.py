@@ -34,6 +34,8 @@ class Saving:
         self.writers = comm.twin() if self.background else comm  # the saver's thread needs its own
         self.source = self._source()
         self.tokenizer = ""
+        self._text = to_yaml(config)
+        self._pieces: list[Piece] = []  # views of what the trainer keeps: found once, not at each save
 
     def _source(self) -> Checkpoint | None:
         load = self.config.checkpoint.load
@@ -135,11 +137,12 @@ class Saving:
         """Write the checkpoint of ``step``; in the background if asked, but never the final one."""
         if not self.config.checkpoint.save or self._is_source(step):
             return
-        owned = [piece for piece in trainer.pieces() if piece.owned]
-        pieces = [Piece(piece.name, piece.tensor, piece.shape, piece.box.start) for piece in owned]
-        pieces.append(Piece.whole("rng/torch", torch.get_rng_state()))
+        if not self._pieces:
+            owned = (piece for piece in trainer.pieces() if piece.owned)
+            self._pieces = [Piece(piece.name, piece.tensor, piece.shape, piece.box.start) for piece in owned]
+        pieces = [*self._pieces, Piece.whole("rng/torch", torch.get_rng_state())]
         meta = {
-            "config": to_yaml(self.config),
+            "config": self._text,
             "precision": self.config.train.precision,
             "tokenizer": self.tokenizer,
             "data": trainer.loader.state(trainer.samples),
