@@ -27,6 +27,9 @@ check: .venv/ready-dev
 
 bench: .venv/ready-dev
 	$(BIN)/python benchmarks/hybrid_vs_transformers.py
+	$(BIN)/python benchmarks/block_overhead.py
+	$(BIN)/python benchmarks/store_vs_fsdp2.py
+	$(BIN)/python benchmarks/async_save.py
 
 bench-gpu: .venv/ready-dev
 	$(BIN)/python benchmarks/gpu.py
