@@ -191,16 +191,18 @@ class _Filler:
 
 def fill(model: nn.Module, specs: Iterable[ParamSpec], mesh: Mesh) -> None:
     """Put what the layout of ``mesh`` asks for into every slot of a model; a collective call."""
-    filler, weights = _Filler(mesh), {spec.name: spec for spec in specs}
     if mesh.plane.size == 1:
         return
-    for name, layer in list(model.named_modules()):
-        spec = weights.get(f"{name}.weight") or weights.get("embed.weight" if name == "head" else "")
+    filler = _Filler(mesh)
+    specs_of = {id(model.get_parameter(spec.name)): spec for spec in specs if not spec.buffer}
+    for layer in list(model.modules()):
+        weight = layer._parameters.get("weight")
+        spec = specs_of.get(id(weight))  # of a tied head too
         for place, slot in list(layer.named_children()):
             filled = None
             if isinstance(slot, (Enter, Leave)) and mesh.plane.tp_embed > 1:
                 filled = (ShardedEnter if isinstance(slot, Enter) else ShardedLeave)(filler.swap)
-            elif spec:
-                filled = filler.slot(slot, spec, layer.get_parameter("weight").device)
+            elif spec and weight is not None:
+                filled = filler.slot(slot, spec, weight.device)
             if filled:
                 setattr(layer, place, filled)
