@@ -11,8 +11,9 @@ a projection's dimensions decide (``weft.plan.shard``):
     embed,  embed    -                         scatter features (tp_embed)
     plain,  inner    gather tokens (plane)     -
     inner,  plain    -                         scatter tokens (plane)
-    inner,  inner    -                         scatter features (plane)
     plain,  plain    -                         -
+
+A projection from one inner dimension to another is refused: its weight could be cut by one of them only.
 """
 
 from collections.abc import Callable, Iterable
@@ -151,9 +152,7 @@ class _Filler:
                 pair = self.tokens_all, None
             case "inner", "plain":
                 pair = None, self.tokens_all
-            case "inner", "inner":
-                raise ValueError("a projection from one sharded dimension to another is not laid out")
-            case _:
+            case _:  # plain to plain; a weight with two inner dimensions is held by nobody (plan.shard)
                 pair = None, None
         return ShardedProduct(*pair) if any(pair) else None
 

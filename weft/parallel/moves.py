@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from weft.parallel.comm import Comm
 
+Map = Callable[[Tensor], Tensor]
+
 
 @runtime_checkable
 class Move(Protocol):
@@ -156,55 +158,37 @@ def _padded(x: Tensor, rows: int) -> Tensor:
     return torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, move: Move) -> Tensor:
-        ctx.move = move
-        return move.gather(x)
+class _Pair(torch.autograd.Function):
+    """A linear map and its transpose."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.move.scatter(grad), None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, move: Move) -> Tensor:
-        ctx.move = move
-        return move.scatter(y)
+    def forward(ctx: Any, x: Tensor, there: Map, back: Map) -> Tensor:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.move.gather(grad), None
-
-
-class _Total(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: Comm) -> Tensor:
-        ctx.comm = comm
-        return comm.all_reduce(x.clone(memory_format=torch.contiguous_format))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.comm.all_reduce(grad.clone(memory_format=torch.contiguous_format)), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(grad), None, None
 
 
 def gather(move: Move, x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     """The whole, on every rank of the move."""
-    return _Gather.apply(x, move)
+    return _Pair.apply(x, move.gather, move.scatter)
 
 
 def scatter(move: Move, y: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     """This rank's part of the sum of all ranks' ``y``."""
-    return _Scatter.apply(y, move)
+    return _Pair.apply(y, move.scatter, move.gather)
 
 
 def total(comm: Comm, x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
-    """The sum over ranks, on every rank, each of which uses it in its own way."""
-    return _Total.apply(x, comm)
+    """The sum over ranks, on every rank, each of which uses it in its own way: its own transpose."""
+
+    def add(y: Tensor) -> Tensor:
+        return comm.all_reduce(y.clone(memory_format=torch.contiguous_format))
+
+    return _Pair.apply(x, add, add)
 
 
 class _Product(torch.autograd.Function):

@@ -50,7 +50,7 @@ class ShardedLoss(Loss):
         chunk: int,
     ) -> Float[Tensor, ""]:
         """This rank's part of ``scale`` times the summed loss of targets >= 0."""
-        return _Loss.apply(hidden, weight, self._work(targets, chunk), scale)
+        return _Loss.apply(hidden, weight, self._work(targets, chunk), scale, torch.is_grad_enabled())
 
     def _work(self, targets: Tensor, chunk: int) -> "_Work":
         blocks = self._blocks(len(targets))
@@ -101,10 +101,12 @@ class _Loss(torch.autograd.Function):
     """Gradients are formed in the forward pass, chunk by chunk (``weft.ops.cross_entropy``)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, work: _Work, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, work: _Work, scale: float, training: bool
+    ) -> Tensor:
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        training = any(ctx.needs_input_grad[:2])
-        grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(wide) if training else None
+        grad_hidden = torch.empty_like(hidden) if training else None
+        grad_weight = torch.zeros_like(wide) if training else None
         loss, height = wide.new_zeros(()), work.height
         for at in range(0, work.targets.shape[1], height):
             own = hidden[at : at + height]
@@ -115,7 +117,7 @@ class _Loss(torch.autograd.Function):
             if work.counts:
                 mine = slice(work.row * height, (work.row + 1) * height)
                 loss += (nll * factor)[mine].sum()
-            if grad_weight is not None:
+            if grad_hidden is not None and grad_weight is not None:
                 inside = (here >= 0).to(grad.dtype).neg().unsqueeze(1)
                 grad.scatter_add_(1, here.clamp_min(0).unsqueeze(1), inside)
                 grad.mul_(factor.unsqueeze(1))
@@ -128,4 +130,4 @@ class _Loss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads = (None if saved is None else saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
-        return *grads, None, None
+        return *grads, None, None, None

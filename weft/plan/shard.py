@@ -13,6 +13,7 @@ tp, each rank holding the inner items of all places of its row. A token table ke
 because the gradient of a parameter is the sum over all ranks that hold it (docs/design.md, law 1).
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
@@ -21,7 +22,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from weft.config.base import Config
 from weft.plan.box import Box
-from weft.spec.param import Dim, ParamSpec, Part
+from weft.spec.param import Dim, ParamSpec, Part, size
 
 Kind = Literal["embed", "inner", "plain"]
 C = TypeVar("C", bound=Config)
@@ -183,6 +184,14 @@ def _plane_boxes(dims: tuple[Dim, ...], plane: Plane) -> tuple[tuple[Held, ...],
         for box, _ in found:
             holders.setdefault(box, []).append(place)
     _refuse_overlaps(holders, plane)
+    if sum(box.numel for box in holders) < math.prod(map(size, dims)):
+        names = " and ".join(
+            "+".join(part.axis for part in dim) for dim in dims if plane.kind(dim) == "inner"
+        )
+        raise ValueError(
+            f"a parameter with the dimensions {names} would be cut along both over {plane.size} ranks; name "
+            "one of them by a dimension that is not sharded"
+        )
     return tuple(tuple(Held(box, local, tuple(holders[box])) for box, local in found) for found in boxes)
 
 
