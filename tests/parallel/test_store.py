@@ -14,7 +14,7 @@ from weft.models.hybrid import HybridLM
 from weft.ops.segments import Segments
 from weft.parallel.comm import Comm, SingleComm
 from weft.parallel.flat import boxes, spans
-from weft.parallel.ledger import record
+from weft.parallel.ledger import received, record
 from weft.parallel.mesh import Mesh, mesh_of
 from weft.parallel.store import Store
 from weft.parallel.threads import run_threads
@@ -226,9 +226,9 @@ def test_parameters_are_whole_only_while_they_are_used(prefetch: int) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_bytes(ranks: int) -> None:
-    """Gradients travel once; parameters once, at level 3 once per use that needs them."""
+    """To the byte: gradients travel once; parameters once, at level 3 once per use that needs them."""
 
-    def moved(comm: Comm, level: int) -> tuple[int, int, int, int]:
+    def moved(comm: Comm, level: int) -> list[int]:
         mesh = mesh_of(layout(level), comm)
         model = build(mesh, mtp_num_depths=0, pattern="ME*-")
         store = Store(model, model.config.params(), "fp64", mesh)
@@ -240,15 +240,24 @@ def test_bytes(ranks: int) -> None:
             store.end_microbatch()
             store.reduce()
             store.publish()
-        once = 2 * 61 * 16 * 8
-        volume = sum(flat.grad.nbytes for flat in store.flats)
-        return ledger.bytes("reduce_scatter"), ledger.bytes("all_gather"), volume, once
+        shard = sum(flat.grad.nbytes for flat in store.flats)
+        sections = (section for flat in store.flats for section in flat.sections)
+        tables = sum(s.width * 8 for s in sections if s.slots[0].spec.name in ("embed.weight", "head.weight"))
+        operations = ("all_reduce", "reduce_scatter", "all_gather")
+        once = sum(received("all_reduce", ranks, 8 * (r.stop - r.start)) for f in store.flats for r in f.runs)
+        return [*map(ledger.bytes, operations), shard, tables, once]
 
-    for level, gathers in ((1, 1), (2, 1), (3, 2)):
-        for scattered, gathered, shard, once in run_threads(ranks, partial(moved, level=level)):
-            assert scattered == (ranks - 1) * shard
-            saved = (gathers - 1) * (ranks - 1) * once / ranks
-            assert gathered == pytest.approx(gathers * (ranks - 1) * shard - saved, rel=0.01)
+    for level in range(4):
+        for summed, scattered, gathered, shard, tables, once in run_threads(
+            ranks, partial(moved, level=level)
+        ):
+            if level == 0:
+                assert (summed, scattered, gathered) == (once, 0, 0)
+                assert once == pytest.approx(2 * (ranks - 1) / ranks * shard, rel=0.01)  # but for padding
+                continue
+            others = ranks - 1
+            again = others * (shard - tables) if level == 3 else 0  # tables form no gradient from themselves
+            assert (summed, scattered, gathered) == (0, others * shard, others * shard + again)
 
 
 @pytest.mark.parametrize(("axes", "store"), [({}, {}), ({}, {"shards": 2}), ({"tp": 2}, {})])

@@ -1,20 +1,23 @@
 """Evaluation and bits per byte against every token's loss, computed one document part at a time."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from tests.tiny import make
+from tests.tiny import CONFIG, make
+from weft.build.model import assemble
 from weft.data.stream import Split, Stream, make_split
 from weft.models.hybrid import HybridLM
 from weft.ops.backend import use
 from weft.ops.segments import Segments
 from weft.parallel.comm import Comm, SingleComm
 from weft.parallel.mesh import mesh_of
+from weft.parallel.store import Store
 from weft.parallel.threads import run_threads
-from weft.spec.layout import PlanConfig
+from weft.spec.layout import LayoutConfig, PlanConfig, StoreConfig
 from weft.train.evaluate import Evaluation, evaluate
 
 START, LENGTHS, BYTES = 1, (9, 3, 20, 1, 14), 133
@@ -81,6 +84,31 @@ def test_a_rank_without_windows_adds_nothing() -> None:
     first, second = run_threads(2, share)
     assert first == second
     assert first.tokens == sum(LENGTHS)
+
+
+LAYOUTS = {
+    "tensor": LayoutConfig(tp=2, dp=2),
+    "three-dimensional": LayoutConfig(tp=2, tp_embed=2),
+    "parameters cut, some readers without windows": LayoutConfig(dp=4, store=StoreConfig(level=3)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
+def test_layouts_read_the_same_tokens(layout: LayoutConfig) -> None:
+    split = tiny_split()
+    config = replace(CONFIG, initializer_range=0.1)
+    alone = direct(assemble(config, "fp64", torch.device("cpu"), 3), split, 16)
+
+    def share(comm: Comm) -> Evaluation:
+        mesh = mesh_of(PlanConfig(decoder=layout), comm)
+        model = assemble(config, "fp64", torch.device("cpu"), 3, mesh)
+        Store(model, config.params(), "fp64", mesh)
+        windows = split.windows(16, 2, 2, part=mesh.reader, parts=mesh.layout.readers)
+        return evaluate(model, windows, mesh, chunk=5)
+
+    for result in run_threads(4, share):
+        assert result.tokens == sum(LENGTHS)
+        assert result.loss == pytest.approx(alone / sum(LENGTHS), rel=1e-12)
 
 
 def test_bits_of_an_estimate() -> None:
