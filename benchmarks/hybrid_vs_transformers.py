@@ -120,7 +120,7 @@ def our_step(length: int) -> Callable[[], None]:
     def step() -> None:
         segments = Segments((length,) * rows)
         store.zero_grad()
-        model.losses(tokens, future, mask, segments, [1.0 / TOKENS]).lm.backward()
+        model.losses(tokens, future, mask, model.context(segments), [1.0 / TOKENS]).lm.backward()
         optimizer.clip(store.norm())
         optimizer.step(1e-4)
 

@@ -12,7 +12,7 @@ from weft.models.hybrid import HybridLM
 from weft.ops.segments import Segments
 from weft.parallel.comm import SingleComm
 from weft.recipes.registry import build
-from weft.train.objective import count, objective
+from weft.train.objective import count, objective, to_device
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,7 +22,9 @@ pytestmark = [
 
 def step(model: HybridLM, lengths: tuple[int, ...]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     packed = batch(lengths)
-    loss = objective(model, packed, count([packed], SingleComm()), chunk=16)[0]
+    loss = objective(
+        model, to_device(packed, model.embed.weight.device), count([packed], SingleComm()), chunk=16
+    )[0]
     loss.backward()
     return loss.detach().cpu(), {n: p.grad.cpu() for n, p in model.named_parameters()}
 
@@ -46,11 +48,11 @@ def test_packed_equals_separate() -> None:
     model = make("fp64").cuda()
     packed = batch((17, 30, 5))
     totals = count([packed], SingleComm())
-    objective(model, packed, totals, chunk=16)[0].backward()
+    objective(model, to_device(packed, model.embed.weight.device), totals, chunk=16)[0].backward()
     together = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
     for document in split(packed):
-        objective(model, document, totals, chunk=16)[0].backward()
+        objective(model, to_device(document, model.embed.weight.device), totals, chunk=16)[0].backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, together[name], rtol=1e-10, atol=1e-12, msg=name)
 

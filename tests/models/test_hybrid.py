@@ -7,7 +7,7 @@ from tests.tiny import CONFIG, batch, make, split
 from weft.models import presets
 from weft.models.hybrid import HybridLM
 from weft.parallel.comm import SingleComm
-from weft.train.objective import count, objective
+from weft.train.objective import count, objective, to_device
 
 ALL = {name: value for name, value in vars(presets).items() if name.isupper()}
 
@@ -33,16 +33,18 @@ def test_packed_equals_separate(lengths: tuple[int, ...]) -> None:
     packed = batch(lengths)
     totals = count([packed], SingleComm())
     model = make()
-    loss, parts, _ = objective(model, packed, totals, chunk=7)
+    loss, parts, _ = objective(model, to_device(packed), totals, chunk=7)
     loss.backward()
     together = gradients(model)
     model.zero_grad()
     sums = torch.zeros_like(parts)
     for document in split(packed):
-        loss, parts, _ = objective(model, document, totals, chunk=7)
+        loss, parts, _ = objective(model, to_device(document), totals, chunk=7)
         loss.backward()
         sums += parts
-    torch.testing.assert_close(sums, objective(model, packed, totals, chunk=7)[1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        sums, objective(model, to_device(packed), totals, chunk=7)[1], rtol=0, atol=1e-12
+    )
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, together[name], rtol=1e-10, atol=1e-12, msg=name)
 
@@ -50,7 +52,7 @@ def test_packed_equals_separate(lengths: tuple[int, ...]) -> None:
 def test_every_parameter_learns() -> None:
     packed = batch((40, 24))
     model = make()
-    objective(model, packed, count([packed], SingleComm()), chunk=16)[0].backward()
+    objective(model, to_device(packed), count([packed], SingleComm()), chunk=16)[0].backward()
     silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not silent
 
@@ -63,7 +65,7 @@ def test_recompute_is_the_same_bits(precision: str) -> None:
     for recompute in (False, True):
         model = make(precision)
         model.set_recompute(recompute)
-        loss, _, reported = objective(model, packed, totals, chunk=16)
+        loss, _, reported = objective(model, to_device(packed), totals, chunk=16)
         loss.backward()
         results.append((loss.detach(), gradients(model), {k: s.counts for k, s in reported.stats.items()}))
     (loss_a, kept, counts_a), (loss_b, again, counts_b) = results
@@ -81,11 +83,11 @@ def test_router_choices_are_replayed_and_not_chosen_again(monkeypatch: pytest.Mo
     model.set_recompute(True)
     one = batch((24,), depths=0)
     totals = count([one], SingleComm())
-    loss = objective(model, one, totals, chunk=16)[0]
+    loss = objective(model, to_device(one), totals, chunk=16)[0]
     with torch.no_grad():
         model.layers[1].mixer.router.bias.copy_(torch.linspace(5, -5, CONFIG.n_routed_experts))
     loss.backward()
-    objective(reference, one, totals, chunk=16)[0].backward()
+    objective(reference, to_device(one), totals, chunk=16)[0].backward()
     for name, gradient in gradients(reference).items():
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=0, atol=0, msg=name)
 
@@ -94,7 +96,7 @@ def test_repeated_mtp_depth_is_one_set_of_parameters() -> None:
     model = make()
     assert len(model.mtp) == 1
     packed = batch((30,))
-    _, parts, reported = objective(model, packed, count([packed], SingleComm()), chunk=16)
+    _, parts, reported = objective(model, to_device(packed), count([packed], SingleComm()), chunk=16)
     assert {"mtp.0.layers.1", "mtp.1.layers.1"} <= set(reported.stats)
     assert parts[1] > 0
 
@@ -103,5 +105,5 @@ def test_tied_head_reads_the_token_table() -> None:
     model = make(tie_word_embeddings=True)
     assert model.head.weight is model.embed.weight
     packed = batch((12,))
-    objective(model, packed, count([packed], SingleComm()), chunk=16)[0].backward()
+    objective(model, to_device(packed), count([packed], SingleComm()), chunk=16)[0].backward()
     assert "head.weight" not in {spec.name for spec in model.config.params()}

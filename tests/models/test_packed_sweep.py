@@ -11,7 +11,7 @@ from tests.parity.test_parity_hybrid import draw
 from tests.tiny import batch, make, split
 from weft.parallel.comm import SingleComm
 from weft.spec.hybrid import HybridConfig
-from weft.train.objective import count, objective
+from weft.train.objective import count, objective, to_device
 
 
 def with_mtp(seed: int) -> tuple[HybridConfig, tuple[int, ...]]:
@@ -38,13 +38,13 @@ def test_packed_equals_separate(seed: int) -> None:
     packed = batch(lengths, seed, config.depths, config.vocab_size)
     totals = count([packed], SingleComm())
     model = make(**{f.name: getattr(config, f.name) for f in fields(config)})
-    loss, parts, _ = objective(model, packed, totals, chunk=17)
+    loss, parts, _ = objective(model, to_device(packed), totals, chunk=17)
     loss.backward()
     together = gradients(model)
     model.zero_grad()
     sums = torch.zeros_like(parts)
     for document in split(packed):
-        loss, share, _ = objective(model, document, totals, chunk=5)
+        loss, share, _ = objective(model, to_device(document), totals, chunk=5)
         loss.backward()
         sums += share
     torch.testing.assert_close(sums, parts, rtol=1e-12, atol=1e-12)

@@ -30,7 +30,7 @@ from weft.spec.layers import AttentionConfig, MambaConfig, MLPConfig, MoEConfig
 from weft.spec.layout import LayoutConfig, PlanConfig, StoreConfig
 from weft.spec.run import RunConfig, TrainConfig
 from weft.train.loop import Trainer
-from weft.train.objective import Totals, objective
+from weft.train.objective import Totals, objective, to_device
 
 WORD, INTEGER = 8, 8  # fp64, int64
 LENGTHS = (9, 7, 16)  # divisible by the plane, so that nothing is padded
@@ -110,7 +110,7 @@ def test_ledger_equals_formula(tp, x):
         mesh = mesh_of(PlanConfig(decoder=LayoutConfig(tp=tp, tp_embed=x)), comm)
         model = assemble(CONFIG, "fp64", torch.device("cpu"), 1, mesh)
         with record(comm) as ledger:
-            objective(model, packed, totals, TOKENS)[0].backward()
+            objective(model, to_device(packed), totals, TOKENS)[0].backward()
         assert not ledger.metadata_bytes, "shapes are known: nothing is negotiated in a layer"
         return ledger.bytes()
 

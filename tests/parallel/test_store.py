@@ -12,9 +12,10 @@ from tests.tiny import CONFIG, batch
 from weft.build.model import assemble
 from weft.models.hybrid import HybridLM
 from weft.ops.segments import Segments
+from weft.parallel.collectives import received
 from weft.parallel.comm import Comm, SingleComm
 from weft.parallel.flat import boxes, spans
-from weft.parallel.ledger import received, record
+from weft.parallel.ledger import record
 from weft.parallel.mesh import Mesh, mesh_of
 from weft.parallel.store import Store
 from weft.parallel.threads import run_threads
@@ -42,7 +43,8 @@ def build(mesh: Mesh | None, precision: str = "fp64", **changes: object) -> Hybr
 def loss_of(model: HybridLM, seed: int) -> Tensor:
     made = batch((5 + seed % 4, 9), seed)
     arrays = (torch.from_numpy(a) for a in (made.tokens, made.future, made.mask))
-    found = model.losses(*arrays, Segments(made.lengths), (0.02, 0.01, 0.01), chunk=8)
+    ctx = model.context(Segments(made.lengths))
+    found = model.losses(*arrays, ctx, (0.02, 0.01, 0.01), chunk=8)
     extra = sum(((s.balance + s.z) * 0.1 for s in found.stats.values()), start=found.lm)
     return extra + sum(found.mtp)
 
@@ -135,9 +137,9 @@ def test_data_parallel(level: int, ranks: int, micro: int, prefetch: int) -> Non
 def test_hybrid(level: int) -> None:
     """Two copies, each cut over two ranks."""
     plan = layout(level, {"shards": 2})
-    for found in run_threads(4, lambda comm: train(comm, plan, 2)):
-        assert found[1].comm.size == 2
-        assert_equal(found, 2)
+    for found in run_threads(4, lambda comm: train(comm, plan, 4)):
+        assert {flat.comm.size for flat in found[1].flats} == {2, 4}  # the experts: all copies
+        assert_equal(found, 4)
 
 
 @pytest.mark.parametrize(

@@ -43,5 +43,5 @@ def exact_gradients(both: Pair, texts: Texts) -> dict[str, torch.Tensor]:
     values = tensors(both.ours, both.config)
     model = assemble_from(both.config, "fp64", torch.device("cpu"), lambda name, _: values[name])
     packed, future, segments = texts
-    model.losses(packed, future, future >= 0, segments, [1.0]).lm.backward()
+    model.losses(packed, future, future >= 0, model.context(segments), [1.0]).lm.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

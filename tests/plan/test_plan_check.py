@@ -191,9 +191,6 @@ def test_every_recipe_fits_one_process_and_can_run(name: str) -> None:
     ("plan", "path"),
     [
         ({"decoder": {"pp": 2}}, "plan.decoder.pp"),
-        ({"decoder": {"cp": 2}}, "plan.decoder.cp"),
-        ({"experts": {"ep": 2}}, "plan.experts.ep"),
-        ({"experts": {"etp": 2}}, "plan.experts.etp"),
         ({"decoder": {"ranks": "0-1"}}, "plan.decoder.ranks"),
         ({"decoder": {"tp": 2, "shard": {"vocab": "none"}}}, "plan.decoder.shard.vocab"),
     ],

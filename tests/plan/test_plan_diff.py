@@ -10,8 +10,8 @@ import pytest
 from tests.tiny import CONFIG
 from weft.config.load import from_dict
 from weft.plan.diff import diff, flat_boxes, moved
-from weft.plan.layout import Plan, plan_of
-from weft.plan.units import cut_at, of_experts, pieces, shape_at, stage_of, units
+from weft.plan.layout import Plan, of_experts, plan_of
+from weft.plan.units import stage_of, units
 from weft.spec.count import state_of
 from weft.spec.layout import PlanConfig
 
@@ -34,11 +34,11 @@ def elements(laid: Plan, rank: int, precision: str) -> tuple[dict[str, set[int]]
             buffers: dict[object, list[tuple[str, int]]] = {}
             for spec in unit.specs:
                 numbers = np.arange(spec.numel).reshape(spec.shape)
-                local = np.full(shape_at(laid, spec, rank), -1)
-                for held in pieces(laid, spec, rank):
+                local = np.full(laid.shape(spec, rank), -1)
+                for held in laid.held(spec, rank):
                     outer = numbers[tuple(map(slice, held.box.start, held.box.stop))]
                     local[tuple(map(slice, held.local.start, held.local.stop))] = outer
-                key = state_of(spec, precision), spec.decay, of_experts(spec), cut_at(laid, spec, rank)
+                key = state_of(spec, precision), spec.decay, of_experts(spec), laid.cut(spec, rank)
                 buffers.setdefault(key, []).extend((f"{name}.{spec.name}", int(n)) for n in local.flatten())
             for (_, _, _, (cuts, index)), members in buffers.items():
                 mine = np.array_split(np.arange(len(members)), cuts)[index]

@@ -117,7 +117,7 @@ def test_activations_are_of_the_size_that_autograd_keeps(seq_length: int) -> Non
             torch.from_numpy(packed.tokens),
             torch.from_numpy(packed.future),
             torch.from_numpy(packed.mask),
-            Segments(packed.lengths),
+            model.context(Segments(packed.lengths)),
             [1.0] * 3,
         )
     assert losses.lm.requires_grad

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.parallel.gated_linear_attention import OutOfTreeConfig
 from tests.tiny import CONFIG, batch
 from weft.models.hybrid import HybridLM
-from weft.nn import moe
+from weft.nn import router
 from weft.ops.router import route
 from weft.parallel.mesh import Mesh
 from weft.spec.hybrid import HybridConfig
@@ -67,7 +67,6 @@ def test_every_unit_and_slot_is_compared() -> None:
         ("embed", "output"),
         ("layers.0", "norm"),
         ("layers.0", "mixer.in_proj"),
-        ("layers.0", "mixer.halo"),
         ("layers.0", "mixer.scan"),
         ("layers.0", "mixer.norm"),
         ("layers.0", "mixer.out_proj"),
@@ -170,12 +169,12 @@ def doubled(run: Run) -> Run:
     return lambda x, *more: run(Doubled.apply(x), *more)
 
 
-@pytest.mark.parametrize("slot", ["halo", "out_proj.product"])
+@pytest.mark.parametrize("slot", ["scan", "out_proj.product"])
 def test_a_wrong_gradient_of_one_rank(slot: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The forward pass agrees; what goes into the slot gets a gradient twice too large."""
     planted(monkeypatch, 2, lambda model: wrap(model, f"layers.0.mixer.{slot}", doubled))
     fault = found(tp=2, dp=2)
-    tensor = {"halo": "mixer.in_proj", "out_proj.product": "mixer.norm"}[slot]
+    tensor = {"scan": "mixer.in_proj", "out_proj.product": "mixer.norm"}[slot]
     assert (fault.at.phase, fault.at.unit, fault.at.tensor) == ("backward", "layers.0", tensor)
     assert fault.ranks == ((0,), (2,))
     assert fault.spread == (2,)
@@ -210,7 +209,7 @@ def test_a_router_choice_of_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     def change(model: HybridLM) -> None:
         biases.append(model.mtp[0].layers[1].mixer.router.bias)
 
-    monkeypatch.setattr(moe, "route", other)
+    monkeypatch.setattr(router, "route", other)
     planted(monkeypatch, 3, change)
     fault = found(tp=2, tp_embed=2)
     assert (fault.at.phase, fault.at.unit, fault.at.tensor) == ("forward", "mtp.1.layers.1", "router choices")

@@ -10,7 +10,7 @@ from tests.tiny import batch, make
 from weft.nn.context import Context
 from weft.ops.segments import Segments
 from weft.parallel.comm import SingleComm
-from weft.train.objective import count, objective
+from weft.train.objective import count, objective, to_device
 
 PLAIN = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0, "mtp_loss_scale": 0.7}
 
@@ -24,7 +24,7 @@ def test_uniform_predictions_cost_the_log_of_the_vocabulary(depths: int) -> None
     packed = batch((9, 4, 2), depths=depths)
     totals = count([packed], SingleComm())
     assert totals.targets == (12, 9, 7, 5)[: depths + 1]
-    loss, parts, _ = objective(model, packed, totals, chunk=4)
+    loss, parts, _ = objective(model, to_device(packed), totals, chunk=4)
     assert parts.tolist() == pytest.approx([math.log(61), math.log(61), 0, 0], rel=1e-12)
     assert loss.item() == pytest.approx(1.7 * math.log(61), rel=1e-12)
 
@@ -34,7 +34,7 @@ def test_mtp_loss_is_the_mean_over_depths_of_their_means() -> None:
     packed = batch((20, 7))
     packed = replace(packed, mask=packed.mask & (packed.tokens % 3 > 0))
     totals = count([packed], SingleComm())
-    loss, parts, _ = objective(model, packed, totals, chunk=4)
+    loss, parts, _ = objective(model, to_device(packed), totals, chunk=4)
     tokens, future, mask = (torch.from_numpy(a) for a in (packed.tokens, packed.future, packed.mask))
     with torch.no_grad():
         ctx = Context(Segments(packed.lengths))
@@ -60,6 +60,6 @@ def test_an_idle_router_costs_its_coefficients() -> None:
             if name.endswith("router.weight"):
                 parameter.zero_()
     packed = batch((9, 4))
-    _, parts, _ = objective(model, packed, count([packed], SingleComm()), chunk=8)
+    _, parts, _ = objective(model, to_device(packed), count([packed], SingleComm()), chunk=8)
     assert parts[2].item() == pytest.approx(3 * 0.5, rel=1e-12)
     assert parts[3].item() == pytest.approx(3 * 0.25 * math.log(8) ** 2, rel=1e-12)

@@ -13,7 +13,7 @@ from weft.parallel.comm import Comm, SingleComm
 from weft.parallel.store import Store
 from weft.parallel.threads import run_threads
 from weft.spec.run import OptimizerConfig
-from weft.train.optimizer import Optimizer, RouterLoad
+from weft.train.optimizer import Optimizer, RouterLoad, load_row
 
 PRESETS = {name: value for name, value in vars(presets).items() if name.isupper()}
 UNDECAYED = re.compile(r"(.*\.)?([eh]?norm\.weight|bias|A_log|D|dt_bias)")
@@ -113,6 +113,40 @@ def test_bias_rises_where_load_is_below_the_mean() -> None:
 def test_equal_counts_and_rate_zero_move_nothing() -> None:
     assert moved(SingleComm(), 0.125, {"layers.1": [3, 3, 3, 3]})[1] == {"layers.1": [0, 0, 0, 0]}
     assert moved(SingleComm(), 0.0, COUNTS) == (TOTALS, {name: [0, 0, 0, 0] for name in TOTALS})
+
+
+def test_an_even_load_of_large_counts_moves_nothing() -> None:
+    """2^25 + 1 is no fp32 number, and the mean of such counts would not be what they are."""
+    model = make("fp32", n_routed_experts=4, num_experts_per_tok=2)
+    bias = model.get_submodule("layers.1").mixer.router.bias
+    for counts, steps in (([2**25 + 1] * 4, [0, 0, 0, 0]), ([2**25 + 1] * 3 + [2**25 - 3], [-1, -1, -1, 1])):
+        bias.zero_()
+        load = RouterLoad(model)
+        load.add("layers.1", torch.tensor(counts))
+        load.finish(SingleComm(), 0.125)
+        assert (bias / 0.125).tolist() == steps
+
+
+def test_dropped_choices_count_for_the_bias_and_make_the_drop_rate() -> None:
+    """Summed over microbatches, repetitions of a depth, and ranks."""
+
+    def work(comm: Comm) -> tuple[dict, dict]:
+        load = RouterLoad(make("fp64", n_routed_experts=4, num_experts_per_tok=2))
+        for key, values in COUNTS.items():
+            load.add(key, torch.tensor(values), torch.tensor(1 + comm.rank))
+        counts = load.finish(comm, 0.0)
+        return {name: c.tolist() for name, c in counts.items()}, load_row(counts, load.dropped)
+
+    for size in (1, 2):
+        for totals, row in run_threads(size, work):
+            assert totals == {name: [size * n for n in values] for name, values in TOTALS.items()}
+            drops = sum(1 + rank for rank in range(size))
+            assert row["drop_rate"] == {"layers.1": drops / 8 / size, "mtp.0.layers.1": 2 * drops / 8 / size}
+            assert row["drop_rate_total"] == 3 * drops / 16 / size
+            assert row["expert_load_max"] == 2.0
+            assert row["expert_load"]["layers.1"] == [0.5, 0, 0.25, 0.25]
+    assert load_row({}, {}) == {}
+    assert "drop_rate" not in load_row({"layers.1": torch.tensor([1, 1])})
 
 
 def test_bias_follows_the_load_of_all_ranks() -> None:

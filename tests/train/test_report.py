@@ -194,6 +194,15 @@ def test_many_moe_layers(tmp_path):
     assert text.count("data:image/png") == 11
 
 
+def test_dropped_choices_are_shown_where_capacity_is_limited(tmp_path):
+    run = write_run(tmp_path, steps=5, iters=5)
+    rate = {"layers.1": 0.25, "layers.4": 0.05}
+    rewrite(run, lambda row: row | {"drop_rate": rate, "drop_rate_total": 0.1})
+    text = report(run)
+    assert titles(text)[-2:] == ["Router entropy", "Drop rate"]
+    assert "10.00% of all choices over the run." in text
+
+
 def test_the_last_evaluation_of_a_finished_run_is_drawn(tmp_path):
     run = write_run(tmp_path, steps=60, iters=60, moe=False)
     rewrite(run, lambda row: {k: v for k, v in row.items() if row["step"] < 60 or "valid" not in k})

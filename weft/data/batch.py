@@ -14,8 +14,9 @@ class Batch:
     ``future[k - 1, i]`` is the token ``k`` places after token ``i`` in the same document, and -1 where the
     document has none. The loader looks beyond the window, never beyond the document. ``lengths`` are the
     segments (a document, or its part inside one window) and sum to the tokens; ``samples`` are the global
-    indices of the windows. ``mask`` tells which targets count: all that exist, except in the last window of
-    an epoch, whose repeated tokens do not count twice.
+    indices of the windows, and ``sizes`` their tokens, where they are not all alike. ``mask`` tells which
+    targets count: all that exist, except in the last window of an epoch, whose repeated tokens do not count
+    twice.
     """
 
     tokens: Int64[np.ndarray, " tokens"]
@@ -23,6 +24,13 @@ class Batch:
     mask: Bool[np.ndarray, "targets tokens"]
     lengths: tuple[int, ...]
     samples: tuple[int, ...]
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Tokens of each sample."""
+        count = len(self.samples)
+        return self.sizes or (len(self.tokens) // max(1, count),) * count
 
     @property
     def targets(self) -> tuple[int, ...]:
@@ -38,6 +46,7 @@ def join(batches: Sequence[Batch]) -> Batch:
         mask=np.concatenate([b.mask for b in batches], axis=1),
         lengths=tuple(n for b in batches for n in b.lengths),
         samples=tuple(n for b in batches for n in b.samples),
+        sizes=tuple(n for b in batches for n in b.windows),
     )
 
 

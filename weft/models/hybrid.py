@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -116,9 +116,9 @@ class HybridLM(Layer):
             units |= {f"mtp.{i}.layers.{j}": layer for j, layer in enumerate(layers)}
         return units
 
-    def context(self, segments: Segments) -> Context:
-        """One forward pass over these documents."""
-        return Context(segments, rows=self.rows(segments.tokens))
+    def context(self, segments: Segments, **known: Any) -> Context:
+        """One forward pass over these documents; ``known`` are further fields of the context."""
+        return Context(segments, rows=self.rows(segments.tokens), **known)
 
     def hidden(self, tokens: Int[Tensor, " tokens"], ctx: Context) -> Float[Tensor, "rows width"]:
         """States after the final norm, which the head (and MTP) read; under a layout this rank's part."""
@@ -146,7 +146,7 @@ class HybridLM(Layer):
         tokens: Int[Tensor, " tokens"],
         future: Int[Tensor, "ahead tokens"],
         mask: Tensor,
-        segments: Segments,
+        ctx: Context,
         scales: Sequence[float],
         chunk: int = 1024,
     ) -> Losses:
@@ -157,11 +157,10 @@ class HybridLM(Layer):
             future: ``future[k - 1]`` is the token k places ahead in the same document, else -1;
                 one row more than there are MTP depths.
             mask: which targets count, same shape as ``future``.
-            segments: documents.
+            ctx: the forward pass (``context``).
             scales: factor of each summed loss (one over the global number of its targets).
             chunk: tokens whose logits exist at a time.
         """
-        ctx = self.context(segments)
         states = [self.hidden(tokens, ctx)]
         states += self.ahead(states[0], future, ctx)
         sums = self.head(states, future.masked_fill(~mask, -1), scales, chunk)

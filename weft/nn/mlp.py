@@ -27,4 +27,12 @@ class MLP(Layer):
         """The mathematics alone, for the shared expert of a mixture."""
         if self.up_proj.product.alone and self.down_proj.product.alone:
             return mlp(x, self.up_proj.weight, self.down_proj.weight)
-        return self.down_proj(self.up_proj(x, ctx).relu().square(), ctx)
+        return self.down(self.up(x, ctx), ctx)
+
+    def up(self, x: Float[Tensor, "read embed"], ctx: Context) -> Float[Tensor, "tokens inner"]:
+        """The first product."""
+        return self.up_proj(x, ctx)
+
+    def down(self, inner: Float[Tensor, "tokens inner"], ctx: Context) -> Float[Tensor, "written embed"]:
+        """Activation and second product."""
+        return self.down_proj(inner.relu().square(), ctx)

@@ -1,12 +1,13 @@
 """The slots: places where a layer's mathematics may need a peer, with one-device defaults.
 
 The whole vocabulary: enter and leave (joined with their product in a projection), total, lookup, attend,
-scan, halo, dispatch/combine, loss. A parallel layout replaces a slot; the layer around it does not change.
+scan (with the convolution before it), dispatch/combine, loss. A parallel layout replaces a slot; the layer
+around it does not change.
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, cast
 
-import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,7 +16,7 @@ from weft.nn.state import KVState, MambaState
 from weft.ops.attention import attend, attend_cached
 from weft.ops.conv import causal_conv, conv_step
 from weft.ops.cross_entropy import linear_cross_entropy
-from weft.ops.dispatch import collect, spread
+from weft.ops.dispatch import collect, sort, spread
 from weft.ops.linear import linear
 from weft.ops.scan import ssd, ssd_step
 from weft.ops.segments import Segments
@@ -56,15 +57,16 @@ class Total(nn.Module):
     """Sum of a small statistic over the ranks that share what it was taken over.
 
     Args:
-        over: ``features`` of a group of the owner's weight, or ``tokens`` of the whole run.
+        over: ``features`` of a group of the owner's weight, ``tokens`` of the whole run, or the ``batch``:
+            all tokens that ranks compute with at the same time.
         group: features of one group, whoever holds them.
     """
 
     alone = True
 
-    def __init__(self, over: Literal["features", "tokens"], group: int = 0) -> None:
+    def __init__(self, over: Literal["features", "tokens", "batch"], group: int = 0) -> None:
         super().__init__()
-        self.over: Literal["features", "tokens"] = over
+        self.over: Literal["features", "tokens", "batch"] = over
         self.group = group
 
     def forward(self, x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
@@ -101,6 +103,13 @@ class Attend(nn.Module):
         return attend_cached(q, k, v, state.keys, state.values, segments, past, scale)
 
 
+class Conv(NamedTuple):
+    """A depthwise causal convolution."""
+
+    weight: Float[Tensor, "channels taps"]
+    bias: Float[Tensor, " channels"]
+
+
 class Scan(nn.Module):
     """The Mamba-2 scan inside segments, from a state where there is one."""
 
@@ -128,26 +137,80 @@ class Scan(nn.Module):
         state.ssm.copy_(final)
         return y
 
+    def convolved(
+        self,
+        xBC: Float[Tensor, "tokens channels"],
+        conv: Conv,
+        dt: Float[Tensor, "tokens heads"],
+        A: Float[Tensor, " heads"],
+        D: Float[Tensor, " heads"],
+        sizes: tuple[int, int],
+        segments: Segments,
+        state: MambaState | None = None,
+    ) -> Float[Tensor, "tokens heads head_dim"]:
+        """``silu(conv(xBC))``, split into x, B and C, then the scan. ``sizes``: groups, and state of each."""
+        inputs = split_channels(convolve(xBC, conv, segments, state), len(A), sizes)
+        return self.forward(inputs[0], dt, A, *inputs[1:], D, segments, state)
 
-class Halo(nn.Module):
-    """The convolution's tokens before the first one of a segment."""
+
+def convolve(
+    x: Float[Tensor, "tokens channels"], conv: Conv, segments: Segments, state: MambaState | None
+) -> Float[Tensor, "tokens channels"]:
+    """``silu(conv(x))`` of segments that begin here, or go on from a state."""
+    if state is None:
+        return cast(Tensor, causal_conv(x, *conv, segments))
+    if segments.uniform == 1:
+        return conv_step(state.conv, x, *conv)
+    y, final = causal_conv(x, *conv, segments, initial=state.conv, return_final=True)
+    state.conv.copy_(final)
+    return y
+
+
+def split_channels(
+    xBC: Float[Tensor, "tokens channels"], heads: int, sizes: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``[x | B | C]`` by head and by group."""
+    inner = xBC.shape[1] - 2 * sizes[0] * sizes[1]
+    x, B, C = xBC.split([inner, sizes[0] * sizes[1], sizes[0] * sizes[1]], dim=-1)
+    return x.unflatten(-1, (heads, -1)), B.unflatten(-1, sizes), C.unflatten(-1, sizes)
+
+
+class ConvScan(nn.Module):
+    """A convolution and the scan after it: one slot, so that a layout exchanges once for both."""
+
+    def __init__(self, chunk: int) -> None:
+        super().__init__()
+        self.scan = Scan(chunk)
 
     def forward(
         self,
-        x: Float[Tensor, "tokens channels"],
-        weight: Float[Tensor, "channels taps"],
-        bias: Float[Tensor, " channels"],
+        xBC: Float[Tensor, "tokens channels"],
+        conv: Conv,
+        dt: Float[Tensor, "tokens heads"],
+        A: Float[Tensor, " heads"],
+        D: Float[Tensor, " heads"],
+        sizes: tuple[int, int],
         segments: Segments,
         state: MambaState | None = None,
-    ) -> Float[Tensor, "tokens channels"]:
-        """Segments begin here; ``silu(conv(x) + bias)``."""
-        if state is None:
-            return cast(Tensor, causal_conv(x, weight, bias, segments))
-        if segments.uniform == 1:
-            return conv_step(state.conv, x, weight, bias)
-        y, final = causal_conv(x, weight, bias, segments, initial=state.conv, return_final=True)
-        state.conv.copy_(final)
-        return y
+    ) -> Float[Tensor, "tokens heads head_dim"]:
+        """See ``Scan.convolved``."""
+        return self.scan.convolved(xBC, conv, dt, A, D, sizes, segments, state)
+
+
+class Announced(NamedTuple):
+    """Where (token, slot) pairs go among the experts here.
+
+    Attributes:
+        order: the pair of each row, in expert order; -1 is padding.
+        back: the row of each pair; -1 goes nowhere.
+        counts: rows of each expert.
+        full: whether every pair has a row and every row a pair.
+    """
+
+    order: Int[Tensor, " rows"]
+    back: Int[Tensor, "tokens slots"]
+    counts: list[int]
+    full: bool
 
 
 class Dispatched(NamedTuple):
@@ -155,31 +218,47 @@ class Dispatched(NamedTuple):
 
     rows: Float[Tensor, "rows width"]
     weights: Float[Tensor, " rows"]
-    counts: Int[Tensor, " experts"]
-    order: Int[Tensor, " rows"]
-    back: Int[Tensor, "tokens top_k"]
+    announced: Announced
 
 
 class Exchange(nn.Module):
-    """Tokens to experts (``dispatch``) and back (``combine``), combined in slot order."""
+    """Tokens to experts (``announce``, ``dispatch``) and back (``combine``), combined in slot order.
+
+    What is under way is called when it is needed, so that a layout can exchange under other work.
+    """
+
+    alone = True
+
+    def announce(
+        self, experts: Int[Tensor, "tokens slots"], num_experts: int, bound: int | None = None
+    ) -> Announced:
+        """Say which experts each token goes to.
+
+        Args:
+            experts: -1 where a slot goes nowhere.
+            num_experts: routed experts.
+            bound: rows of every expert, some of them padding: static shapes; None is as many as come.
+        """
+        return Announced(*sort(experts, num_experts, bound))
 
     def dispatch(
         self,
         x: Float[Tensor, "tokens width"],
-        weights: Float[Tensor, "tokens top_k"],
-        experts: Int[Tensor, "tokens top_k"],
-        num_experts: int,
-    ) -> Dispatched:
-        """All experts are here: sort the (token, slot) pairs by expert, stably."""
-        flat = experts.flatten()
-        order = torch.argsort(flat, stable=True)
-        back = torch.argsort(order).view(experts.shape)  # the inverse permutation
-        counts = torch.bincount(flat, minlength=num_experts)
-        return Dispatched(spread(x, order, back), weights.flatten()[order], counts, order, back)
+        weights: Float[Tensor, "tokens slots"],
+        announced: Announced,
+    ) -> Callable[[], Dispatched]:
+        """All experts are here."""
+        order, back, _, full = announced
+        rows = spread(x, order, back, full)
+        own = spread(weights.reshape(-1, 1), order, back.view(-1, 1), full).squeeze(1)
+        return lambda: Dispatched(rows, own, announced)
 
-    def combine(self, y: Float[Tensor, "rows width"], ticket: Dispatched) -> Float[Tensor, "tokens width"]:
+    def combine(
+        self, y: Float[Tensor, "rows width"], ticket: Dispatched
+    ) -> Callable[[], Float[Tensor, "tokens width"]]:
         """Sum the rows of each token in slot order (the routing weights are applied already)."""
-        return collect(y, ticket.order, ticket.back)
+        order, back, _, full = ticket.announced
+        return lambda: collect(y, order, back, full)
 
 
 class Loss(nn.Module):

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from weft.parallel.comm import Collectives, Comm, Family, Listener
+from weft.parallel.collectives import Collectives, Family, Listener, received
+from weft.parallel.comm import Comm
 
 # torch 2.13 renamed these two and warns at the old names, the only ones that 2.11 has.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -46,6 +47,12 @@ class C10dComm(Collectives):
             work = _reduce_scatter(out, source, group=self._group, async_op=True)
         else:
             work = dist.all_to_all_single(out, source, group=self._group, async_op=True)
+        return work.wait
+
+    def _exchange_v(
+        self, source: Tensor, out: Tensor, send: list[int], receive: list[int]
+    ) -> Callable[[], object]:
+        work: Any = dist.all_to_all_single(out, source, receive, send, group=self._group, async_op=True)
         return work.wait
 
     def _split(self, rank: int, ranks: tuple[int, ...]) -> Comm:
@@ -105,8 +112,14 @@ class _Watch(TorchDispatchMode):
             if name not in _OPERATIONS:
                 raise NotImplementedError(f"the ledger does not know the bytes of c10d.{name}")
             op, group, whole = _OPERATIONS[name]
-            ranks = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(args[group])))
-            self._listener(op, ranks, whole(*args), self._family.metadata)
+            group = dist.ProcessGroup.unbox(args[group])
+            ranks = tuple(dist.get_process_group_ranks(group))
+            if op == "all_to_all" and args[3]:  # elements from each rank
+                own = args[3][dist.get_rank(group)]
+                count = args[0].nbytes - own * args[0].nbytes // max(1, len(args[0]))
+            else:
+                count = received(op, len(ranks), whole(*args))
+            self._listener(op, ranks, count, self._family.metadata)
         return func(*args, **(kwargs or {}))
 
 

@@ -1,25 +1,19 @@
 """The communicator: one small interface, three back ends.
 
 ``threads.py`` runs ranks as threads of one process, ``c10d.py`` as processes of ``torch.distributed``, and
-``ledger.py`` plays one rank alone. A back end supplies the exchange of flat buffers; shapes, empty tensors,
-objects and sub-groups are handled here, once. Nothing in this package's communicators is differentiable.
+``ledger.py`` plays one rank alone; ``collectives.py`` has what they share. Nothing in this package's
+communicators is differentiable.
 
 Objects travel as JSON text, in every back end: nothing is ever unpickled, and what cannot travel between
 processes does not travel between threads either.
 """
 
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
-
-Listener = Callable[[str, tuple[int, ...], int, bool], None]
-"""Told of each collective of this rank: its name, world ranks, bytes of the full buffer, whether metadata."""
 
 
 class Pending:
@@ -75,6 +69,22 @@ class Comm(Protocol):
 
     def all_to_all(self, tensor: Tensor) -> Tensor:
         """[size, *shape] -> [size, *shape]: row i goes to rank i, and row j of the result is from rank j."""
+        ...
+
+    def all_to_all_v(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """[sum(send), *shape] -> [sum(receive), *shape]: ``send[i]`` rows, in order, go to rank i.
+
+        ``receive[j]`` rows come from rank j, what that rank sends here; in rank order. Our own part does not
+        travel, nor do empty ones.
+        """
+        ...
+
+    def start_all_to_all_v(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Pending:
+        """``all_to_all_v``, asynchronous."""
+        ...
+
+    def metadata(self) -> AbstractContextManager[None]:
+        """What runs inside carries host values (counts, indices) rather than tensors of the model."""
         ...
 
     def start_all_reduce(self, tensor: Tensor) -> Pending:
@@ -137,17 +147,31 @@ class SingleComm:
         """[1, *shape]."""
         if out is None:
             return tensor.detach().unsqueeze(0)
-        return _destination(tensor, 1, out).copy_(tensor.detach().unsqueeze(0))
+        return destination(tensor, 1, out).copy_(tensor.detach().unsqueeze(0))
 
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
         """The only row."""
-        _check_rows(tensor, 1)
+        check_rows(tensor, 1)
         return tensor.detach()[0]
 
     def all_to_all(self, tensor: Tensor) -> Tensor:
         """The tensor itself."""
-        _check_rows(tensor, 1)
+        check_rows(tensor, 1)
         return tensor.detach()
+
+    def all_to_all_v(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """The rows themselves."""
+        check_parts(rows, send, receive, 0, 1)
+        return rows.detach()
+
+    def start_all_to_all_v(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Pending:
+        """Done at once."""
+        result = self.all_to_all_v(rows, send, receive)
+        return Pending(lambda: result)
+
+    def metadata(self) -> AbstractContextManager[None]:
+        """Nothing is counted."""
+        return nullcontext()
 
     def start_all_reduce(self, tensor: Tensor) -> Pending:
         """Done at once."""
@@ -165,7 +189,7 @@ class SingleComm:
 
     def group(self, ranks: Sequence[int]) -> Comm:
         """Itself: there are no other ranks."""
-        _check_members(ranks, self.ranks[0])
+        check_members(ranks, self.ranks[0])
         if tuple(ranks) != self.ranks:
             raise ValueError(f"ranks {list(ranks)} reach beyond the only rank, {self.ranks[0]}")
         return self
@@ -182,153 +206,7 @@ class SingleComm:
         return self
 
 
-@dataclass
-class Family:
-    """What a communicator shares with its sub-groups on one rank.
-
-    Attributes:
-        groups: every communicator made so far, by its world ranks.
-        listeners: who is told of collectives.
-        metadata: whether what runs now carries host values rather than tensors of the model.
-    """
-
-    groups: dict[tuple[int, ...], Comm] = field(default_factory=dict)
-    listeners: list[Listener] = field(default_factory=list)
-    metadata: bool = False
-
-
-class Collectives(ABC):
-    """The communicator over an exchange of flat buffers, which a back end supplies.
-
-    Args:
-        rank: our place in ``ranks``.
-        ranks: world ranks of the members, in group order.
-        family: shared with the communicator this one was made from; a family of its own by default.
-    """
-
-    def __init__(self, rank: int, ranks: Sequence[int], family: Family | None = None) -> None:
-        self.rank, self.ranks, self.size = rank, tuple(ranks), len(ranks)
-        self.family = family or Family()
-        self.family.groups[self.ranks] = self
-
-    @abstractmethod
-    def _exchange(self, op: str, source: Tensor, out: Tensor) -> Callable[[], object]:
-        """Begin a collective of flat, contiguous, non-empty buffers; the callable completes ``out``.
-
-        ``source`` is ``out`` in an all-reduce; otherwise they do not depend on each other's memory.
-        """
-
-    @abstractmethod
-    def _split(self, rank: int, ranks: tuple[int, ...]) -> Comm:
-        """A communicator of several ranks, in our family."""
-
-    @abstractmethod
-    def twin(self) -> Comm:
-        """The same ranks apart from this communicator, for another thread; it carries host values only."""
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, in place; every rank gets the same bits."""
-        return self.start_all_reduce(tensor).wait()
-
-    def all_gather(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
-        """[*shape] of every rank -> [size, *shape], in rank order."""
-        return self.start_all_gather(tensor, out).wait()
-
-    def reduce_scatter(self, tensor: Tensor) -> Tensor:
-        """[size, *shape] -> [*shape]: row ``rank``, summed over ranks."""
-        return self.start_reduce_scatter(tensor).wait()
-
-    def all_to_all(self, tensor: Tensor) -> Tensor:
-        """[size, *shape] -> [size, *shape]: row i goes to rank i, row j of the result is from rank j."""
-        _check_rows(tensor, self.size)
-        return self._start("all_to_all", tensor, torch.empty_like(tensor, memory_format=_DENSE)).wait()
-
-    def start_all_reduce(self, tensor: Tensor) -> Pending:
-        """``all_reduce``, asynchronous."""
-        dense = tensor.detach().contiguous()
-        pending = self._start("all_reduce", dense, dense)
-
-        def finish() -> Tensor:
-            pending.wait()
-            if not tensor.is_contiguous():
-                tensor.detach().copy_(dense)
-            return tensor
-
-        return Pending(finish)
-
-    def start_all_gather(self, tensor: Tensor, out: Tensor | None = None) -> Pending:
-        """``all_gather``, asynchronous."""
-        return self._start("all_gather", tensor, _destination(tensor, self.size, out))
-
-    def start_reduce_scatter(self, tensor: Tensor) -> Pending:
-        """``reduce_scatter``, asynchronous."""
-        _check_rows(tensor, self.size)
-        return self._start("reduce_scatter", tensor, tensor.detach().new_empty(tensor.shape[1:]))
-
-    def _start(self, op: str, tensor: Tensor, out: Tensor) -> Pending:
-        if not tensor.numel():
-            self.note(op, 0)
-            return Pending(lambda: out)
-        complete = self._exchange(op, tensor.detach().contiguous().view(-1), out.view(-1))
-
-        def finish() -> Tensor:
-            complete()
-            return out
-
-        return Pending(finish)
-
-    def group(self, ranks: Sequence[int]) -> Comm:
-        """The communicator of these world ranks, in this order; the same object whenever asked for."""
-        members, own = tuple(ranks), self.ranks[self.rank]
-        _check_members(members, own)
-        if members not in self.family.groups:
-            single = len(members) == 1
-            made = SingleComm(own) if single else self._split(members.index(own), members)
-            self.family.groups[members] = made
-        return self.family.groups[members]
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Values in rank order: lengths first, then the texts, filled up to the longest."""
-        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        with self._metadata():
-            lengths = self.all_gather(torch.tensor(len(text), device="cpu")).tolist()
-            padded = torch.zeros(max(lengths), dtype=torch.uint8, device="cpu")
-            padded[: len(text)] = text
-            texts = self.all_gather(padded).numpy()
-        return [json.loads(text[:length].tobytes()) for text, length in zip(texts, lengths, strict=True)]
-
-    def barrier(self) -> None:
-        """Wait for the hosts of all ranks; work queued on a GPU is not waited for."""
-        with self._metadata():
-            self.all_reduce(torch.zeros((), device="cpu"))
-
-    @contextmanager
-    def _metadata(self) -> Iterator[None]:
-        self.family.metadata = True
-        try:
-            yield
-        finally:
-            self.family.metadata = False
-
-    @contextmanager
-    def listening(self, listener: Listener) -> Iterator[None]:
-        """Tell ``listener`` of every collective of this rank, in this communicator and its sub-groups."""
-        self.family.listeners.append(listener)
-        try:
-            yield
-        finally:
-            self.family.listeners.remove(listener)
-
-    def note(self, op: str, whole: int) -> None:
-        """Tell the listeners of a collective whose full buffer has ``whole`` bytes."""
-        for listener in self.family.listeners:
-            listener(op, self.ranks, whole, self.family.metadata)
-
-
-_DENSE = torch.contiguous_format
-
-
-def _destination(tensor: Tensor, size: int, out: Tensor | None) -> Tensor:
+def destination(tensor: Tensor, size: int, out: Tensor | None) -> Tensor:
     """Where an all-gather of ``tensor`` goes: [size, *shape], a view of ``out`` where that is given."""
     shape = (size, *tensor.shape)
     if out is None:
@@ -341,12 +219,23 @@ def _destination(tensor: Tensor, size: int, out: Tensor | None) -> Tensor:
     return out.detach().view(shape)
 
 
-def _check_rows(tensor: Tensor, size: int) -> None:
+def check_rows(tensor: Tensor, size: int) -> None:
+    """Refuse a tensor without one row for each rank."""
     if tensor.ndim == 0 or tensor.shape[0] != size:
         raise ValueError(f"a tensor of shape {tuple(tensor.shape)} has not one row for each of {size} ranks")
 
 
-def _check_members(ranks: Sequence[int], own: int) -> None:
+def check_parts(rows: Tensor, send: Sequence[int], receive: Sequence[int], rank: int, size: int) -> None:
+    """Refuse counts that are not one for each rank, or not those of the rows."""
+    if not len(send) == len(receive) == size or sum(send) != len(rows) or send[rank] != receive[rank]:
+        raise ValueError(
+            f"{len(rows)} rows cannot be sent as {list(send)} and received as {list(receive)} by rank {rank} "
+            f"of {size}: one count for each rank, all rows sent, its own part the same in both"
+        )
+
+
+def check_members(ranks: Sequence[int], own: int) -> None:
+    """Refuse a group without us, or with a rank twice."""
     if own not in ranks or len(set(ranks)) != len(ranks):
         raise ValueError(
             f"rank {own} asks for a group of ranks {list(ranks)}: it must be in it, each rank once"

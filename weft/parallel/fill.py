@@ -22,14 +22,20 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from weft.nn.slots import Enter, Leave, Lookup, Loss, Product, Total
+from weft.nn.moe import MoE
+from weft.nn.router import Router
+from weft.nn.slots import Attend, Enter, Exchange, Leave, Lookup, Loss, Product, Scan, Total
 from weft.parallel import moves
+from weft.parallel.attend import ContextAttend
 from weft.parallel.comm import Comm
+from weft.parallel.dispatch import ShardedExchange, expert_comms
 from weft.parallel.mesh import Mesh
 from weft.parallel.moves import Blocks, Features, Move, Rows, Swap
+from weft.parallel.scan import ContextScan
 from weft.parallel.vocabulary import ShardedLookup, ShardedLoss
+from weft.plan.dispatch import Dispatch, choose
 from weft.plan.shard import features
-from weft.spec.param import Dim, ParamSpec
+from weft.spec.param import Dim, ParamSpec, Part
 
 MoveOf = Callable[[int], Move]  # of the number of tokens
 
@@ -97,6 +103,7 @@ class _Filler:
         self.mesh, self.plane = mesh, mesh.plane
         self.tp, self.wide = mesh.axis("tp"), mesh.axis("tp_embed")
         self.all = mesh.axis("tp", "tp_embed")
+        self.sharing = mesh.axis("cp")
 
     def tokens_tp(self, tokens: int) -> Move:
         """Tokens over tp."""
@@ -158,8 +165,10 @@ class _Filler:
 
     def total(self, slot: Total, spec: ParamSpec) -> Total | None:
         """The sum over the ranks that share a norm's group, or the tokens."""
-        if slot.over == "tokens":
-            return ShardedTotal(slot, self.all) if self.all.size > 1 else None
+        if slot.over != "features":
+            axes = ("cp", "tp", "tp_embed") if slot.over == "tokens" else ("dp", "cp", "tp", "tp_embed")
+            ranks = self.mesh.axis(*axes)
+            return ShardedTotal(slot, ranks) if ranks.size > 1 else None
         kind, width = self.plane.kind(spec.dims[0]), self.mesh.shape(spec)[0]
         span = slot.group // width
         if span <= 1 or kind == "plain":
@@ -187,21 +196,61 @@ class _Filler:
         box = self.mesh.held(spec)[0].box
         return range(box.start[0], box.stop[0])
 
+    def peers(self, slot: nn.Module, layer: nn.Module) -> nn.Module | None:
+        """What takes the place of a slot whose tensors say how they are laid out; None if it stays."""
+        match slot:
+            case Enter() if self.wide.size > 1:
+                return ShardedEnter(self.swap)
+            case Leave() if self.wide.size > 1:
+                return ShardedLeave(self.swap)
+            case Attend() if self.sharing.size > 1:
+                return ContextAttend(self.sharing, self.mesh.layout.attend)
+            case Scan() if self.sharing.size > 1:
+                return ContextScan(slot.chunk, self.sharing, self.mesh.layout.scan)
+            case Exchange() if self.mesh.plan.experts.places > 1 and isinstance(layer, MoE):
+                return self.exchange(layer)
+            case _:
+                return None
+
+    def exchange(self, layer: MoE) -> Exchange:
+        """The exchange with the ranks that have other experts, or other parts of these."""
+        plan, moe, router = self.mesh.plan.experts, layer.config, layer.config.router
+        ep, etp = plan.grid.size("ep"), plan.grid.size("etp")
+        transport = plan.transport
+        if transport == "auto":
+            transport = "all_to_all"
+            if not router.pad_to_capacity:  # only there are all shapes static
+                groups = router.expert_groups, router.top_groups
+                size = layer.experts.up_proj.element_size()
+                shape = Dispatch(1, moe.width, router.top_k, moe.experts, ep, etp, plan.node, size, *groups)
+                transport = choose(shape)
+        comms = expert_comms(self.mesh.experts("ep", "etp"), etp, plan.node)
+        return ShardedExchange(comms, moe.experts, transport)
+
+    def router(self, router: Router) -> None:
+        """Tell a router which tokens and features are where."""
+        plane, place = self.plane, self.mesh.place
+        width = Part("embed", router.config.embed)
+
+        def block(tokens: int) -> tuple[slice, range]:
+            rows = plane.residual_rows(tokens, place)
+            return slice(rows.start, rows.stop), plane.items(width, place)
+
+        router.block, router.parts = block, lambda segments: self.mesh.routed(segments.whole.tokens)
+
 
 def fill(model: nn.Module, specs: Iterable[ParamSpec], mesh: Mesh) -> None:
     """Put what the layout of ``mesh`` asks for into every slot of a model; a collective call."""
-    if mesh.plane.size == 1:
-        return
     filler = _Filler(mesh)
     specs_of = {id(model.get_parameter(spec.name)): spec for spec in specs if not spec.buffer}
     for layer in list(model.modules()):
+        if isinstance(layer, Router):
+            filler.router(layer)
         weight = layer._parameters.get("weight")
         spec = specs_of.get(id(weight))  # of a tied head too
         for place, slot in list(layer.named_children()):
-            filled = None
-            if isinstance(slot, (Enter, Leave)) and mesh.plane.tp_embed > 1:
-                filled = (ShardedEnter if isinstance(slot, Enter) else ShardedLeave)(filler.swap)
-            elif spec and weight is not None:
+            filled = filler.peers(slot, layer)
+            if filled is None and spec and weight is not None:
                 filled = filler.slot(slot, spec, weight.device)
             if filled:
                 setattr(layer, place, filled)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from weft.parallel.comm import Comm
 from weft.parallel.mesh import Mesh
 from weft.plan.box import Box
-from weft.plan.shard import local_shape
+from weft.plan.layout import Layout
 from weft.spec.param import ParamSpec
 
 ALIGN = 8  # elements: 16 bytes of bf16, what matrix kernels and collectives want of an address
@@ -144,6 +144,7 @@ class Flat:
 
     Attributes:
         rank: this rank.
+        comm: the ranks over which the shard is cut.
         decay: whether weight decay applies.
         sections: one per unit, in the order of the shard.
         shard: what layers read, this rank's part.
@@ -152,6 +153,7 @@ class Flat:
     """
 
     rank: int
+    comm: Comm
     decay: bool
     sections: list[Section]
     shard: Tensor
@@ -237,25 +239,25 @@ def slots(
     """Places of parameters, one after another.
 
     A slot is as large as the largest of any place's tensor, so that a box that several places share lies at
-    the same elements on all of them. ``ranks``: what ``copies`` gives, remembered.
+    the same elements on all of them. ``ranks``: what ``copies`` gives for their role, remembered.
     """
     found: list[Slot] = []
     at = 0
     for spec in specs:
         parts = tuple(Common(held.box, held.local, ranks(held.holders)) for held in mesh.held(spec))
-        shapes = {local_shape(spec, mesh.plane, place) for place in range(mesh.plane.size)}
-        end = aligned(at + max(map(math.prod, shapes)))
+        end = aligned(at + mesh.plan.room(spec))
         found.append(Slot(spec, mesh.shape(spec), at, end, parts))
         at = end
     return tuple(found)
 
 
-def copies(mesh: Mesh, places: tuple[int, ...]) -> tuple[int, ...]:
-    """Ranks whose place is one of ``places`` and that stand where this rank does in their store groups."""
-    layout = mesh.layout
-    mine = mesh.store.rank
-    holders = layout.holders(mesh.rank, places)
-    return tuple(sorted(q for q in holders if layout.store_group(q).index(q) == mine))
+def copies(rank: int, layout: Layout, places: tuple[int, ...]) -> tuple[int, ...]:
+    """Ranks whose place is one of ``places`` and that stand where ``rank`` does in their store groups."""
+
+    def at(other: int) -> int:
+        return layout.grid.index(other, *layout.over) % layout.cuts
+
+    return tuple(sorted(other for other in layout.holders(rank, places) if at(other) == at(rank)))
 
 
 def aligned(length: int) -> int:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.parallel.comm import Collectives, Comm, Family
+from weft.parallel.collectives import Collectives, Family
+from weft.parallel.comm import Comm
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ class Ledger:
 
     entries: list[Entry] = field(default_factory=list)
 
-    def note(self, op: str, ranks: tuple[int, ...], whole: int, metadata: bool) -> None:
-        """Write down a collective whose full buffer has ``whole`` bytes."""
-        self.entries.append(Entry(op, ranks, received(op, len(ranks), whole), metadata))
+    def note(self, op: str, ranks: tuple[int, ...], count: int, metadata: bool) -> None:
+        """Write down a collective in which this rank receives ``count`` bytes."""
+        self.entries.append(Entry(op, ranks, count, metadata))
 
     def bytes(self, op: str | None = None, ranks: Sequence[int] | None = None) -> int:
         """Bytes received, without metadata; of one operation and of one group where given."""
@@ -53,15 +54,6 @@ class Ledger:
     def metadata_bytes(self) -> int:
         """Bytes of metadata received."""
         return sum(entry.bytes for entry in self.entries if entry.metadata)
-
-
-def received(op: str, size: int, whole: int) -> int:
-    """Bytes that each of ``size`` ranks receives at least, for a full buffer of ``whole`` bytes.
-
-    ``(size - 1) / size`` of the buffer; an all-reduce is a reduce-scatter and an all-gather, hence twice
-    that, rounded down. The full buffer is the gathered, the scattered, the summed, or the local one.
-    """
-    return (2 if op == "all_reduce" else 1) * (size - 1) * whole // size
 
 
 @contextmanager
@@ -94,8 +86,14 @@ class LedgerComm(Collectives):
         super().__init__(rank, range(size))
 
     def _exchange(self, op: str, source: Tensor, out: Tensor) -> Callable[[], object]:
-        self.note(op, max(source.nbytes, out.nbytes))
+        self.note_whole(op, max(source.nbytes, out.nbytes))
         return (lambda: None) if op == "all_reduce" else out.zero_
+
+    def _exchange_v(
+        self, source: Tensor, out: Tensor, send: list[int], receive: list[int]
+    ) -> Callable[[], object]:
+        self.note_parts(out, receive)
+        return out.zero_
 
     def _split(self, rank: int, ranks: tuple[int, ...]) -> Comm:
         return _LedgerGroup(rank, ranks, self.family)
@@ -103,7 +101,7 @@ class LedgerComm(Collectives):
     def gather_objects(self, value: Any) -> list[Any]:
         """Our own value, as if every rank had the same."""
         text = json.dumps(value)
-        with self._metadata():
+        with self.metadata():
             self.all_gather(torch.zeros((), dtype=torch.int64, device="cpu"))
             self.all_gather(torch.zeros(len(text), dtype=torch.uint8, device="cpu"))
         return [json.loads(text) for _ in range(self.size)]

@@ -1,11 +1,12 @@
-"""One rank's view of a layout: its place, and communicators along the axes of the grid."""
+"""One rank's view of a plan: its place in each layout, and communicators along the axes of the grids."""
 
+from itertools import accumulate, pairwise
 from typing import TypeVar
 
 from weft.config.base import Config
 from weft.parallel.comm import Comm
-from weft.plan.layout import Layout, plan_of
-from weft.plan.shard import Held, held, local_shape, localize
+from weft.plan.layout import Layout, Plan, plan_of
+from weft.plan.shard import Held, localize
 from weft.spec.layout import PlanConfig
 from weft.spec.param import ParamSpec
 
@@ -13,28 +14,32 @@ C = TypeVar("C", bound=Config)
 
 
 class Mesh:
-    """A layout with the communicator that joins its ranks.
+    """A plan with the communicator that joins its ranks.
 
     Attributes:
-        layout: the grid and what is cut over it.
+        plan: grids, and what is cut over them.
+        layout: the decoder's.
         comm: all ranks of the run.
         place: this rank's number on the tensor plane.
     """
 
-    def __init__(self, layout: Layout, comm: Comm) -> None:
-        self.layout, self.comm = layout, comm
+    def __init__(self, plan: Plan, comm: Comm) -> None:
+        self.plan, self.layout, self.comm = plan, plan.decoder, comm
         self.rank = comm.ranks[comm.rank]
-        self.plane = layout.plane
-        self.place = layout.place(self.rank)
+        self.plane = self.layout.plane
+        self.place = self.layout.place(self.rank)
 
     def axis(self, *axes: str) -> Comm:
-        """The ranks that differ from this one in nothing but these axes."""
+        """The ranks that differ from this one in nothing but these axes of the decoder's grid."""
         return self.comm.group(self.layout.grid.group(self.rank, *axes))
 
-    @property
-    def store(self) -> Comm:
-        """The ranks over which the store cuts what this rank holds."""
-        return self.comm.group(self.layout.store_group(self.rank))
+    def experts(self, *axes: str) -> Comm:
+        """The ranks that differ from this one in nothing but these axes of the experts' grid."""
+        return self.comm.group(self.plan.experts.grid.group(self.rank, *axes))
+
+    def store(self, layout: Layout) -> Comm:
+        """The ranks over which the store cuts what this rank holds of a role."""
+        return self.comm.group(layout.store_group(self.rank))
 
     @property
     def reader(self) -> int:
@@ -42,30 +47,44 @@ class Mesh:
         return self.layout.grid.index(self.rank, "dp")
 
     @property
+    def part(self) -> int:
+        """Which part of the tokens that its reader reads is here (``layout.tokens``)."""
+        return self.layout.grid.index(self.rank, "cp")
+
+    @property
     def leads(self) -> bool:
-        """Whether this rank counts the samples that its tensor plane reads together."""
-        return self.place == 0 and self.layout.grid.index(self.rank, "cp") == 0
+        """Whether this rank counts the samples that the ranks of its reader read together."""
+        return self.place == 0 and self.part == 0
 
     def held(self, spec: ParamSpec) -> tuple[Held, ...]:
         """Boxes of a parameter at this rank's place."""
-        return held(spec, self.plane, self.place)
+        return self.plan.held(spec, self.rank)
 
     def shape(self, spec: ParamSpec) -> tuple[int, ...]:
         """Shape of this rank's tensor of a parameter."""
-        return local_shape(spec, self.plane, self.place)
+        return self.plan.shape(spec, self.rank)
 
     def localize(self, config: C) -> C:
         """A layer as this rank computes it."""
         return localize(config, self.plane, self.place)
 
     def rows(self, tokens: int) -> slice:
-        """Of so many tokens, those whose whole features this rank has between sharded layers."""
+        """Of so many tokens of a part, those whose whole features this rank has between sharded layers."""
         rows = self.plane.rows(tokens, self.place)
         return slice(rows.start, rows.stop)
 
-    def holders(self, box: Held) -> tuple[int, ...]:
+    def routed(self, tokens: int) -> tuple[range, ...]:
+        """Of a whole run, the tokens of each rank (as ``rows``) of those that share it, in order."""
+        starts = accumulate(self.layout.tokens(tokens), initial=0)
+        return tuple(
+            range(start + rows.start, start + rows.stop)
+            for start, stop in pairwise(starts)
+            for rows in (self.plane.rows(stop - start, place) for place in range(self.plane.size))
+        )
+
+    def holders(self, spec: ParamSpec, box: Held) -> tuple[int, ...]:
         """Ranks that hold the same box: the gradient of it is the sum over them."""
-        return self.layout.holders(self.rank, box.holders)
+        return self.plan.of(spec).holders(self.rank, box.holders)
 
 
 def mesh_of(plan: PlanConfig, comm: Comm) -> Mesh:
@@ -74,4 +93,4 @@ def mesh_of(plan: PlanConfig, comm: Comm) -> Mesh:
     Raises:
         ConfigError: sizes that do not fill the ranks.
     """
-    return Mesh(plan_of(plan, comm.size).decoder, comm)
+    return Mesh(plan_of(plan, comm.size), comm)

@@ -13,7 +13,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from weft.parallel.comm import Comm
+from weft.parallel.comm import Comm, Pending
 
 Map = Callable[[Tensor], Tensor]
 
@@ -189,6 +189,67 @@ def total(comm: Comm, x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         return comm.all_reduce(y.clone(memory_format=torch.contiguous_format))
 
     return _Pair.apply(x, add, add)
+
+
+def exchange(comm: Comm, x: Shaped[Tensor, "..."], send: Sequence[int], receive: Sequence[int]) -> Tensor:
+    """``send[i]`` rows to each rank i (``Comm.all_to_all_v``); the transpose sends gradients back."""
+    return start_exchange(comm, x, send, receive)()
+
+
+class _Trip:
+    """Rows under way between ranks, and later their gradients under way back."""
+
+    def __init__(self, comm: Comm, send: Sequence[int], receive: Sequence[int]) -> None:
+        self.comm, self.send, self.receive = comm, send, receive
+        self.there: Pending | None = None
+        self.back: Pending | None = None
+
+
+class _Depart(torch.autograd.Function):
+    """Launches the exchange; its gradient arrives here, launched by ``_Arrive``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip
+        trip.there = trip.comm.start_all_to_all_v(x, trip.send, trip.receive)
+        return x.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        pending, ctx.trip.back = ctx.trip.back, None
+        return pending.wait() if pending else None, None
+
+
+class _Arrive(torch.autograd.Function):
+    """Awaits the exchange."""
+
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip
+        pending, trip.there = trip.there, None
+        assert pending is not None  # noqa: S101 - called once, after ``_Depart``
+        return pending.wait()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        trip = ctx.trip
+        trip.back = trip.comm.start_all_to_all_v(grad, trip.receive, trip.send)
+        return grad.new_empty(0), None
+
+
+def start_exchange(
+    comm: Comm, x: Shaped[Tensor, "..."], send: Sequence[int], receive: Sequence[int]
+) -> Callable[[], Tensor]:
+    """``exchange`` under way; call the result, once, to have the rows.
+
+    The gradients travel from where the rows are awaited to where they were sent, so that what is computed in
+    between runs under both exchanges: autograd runs nodes in the reverse order of their creation.
+    """
+    trip = _Trip(comm, send, receive)
+    ticket = _Depart.apply(x, trip)
+    return lambda: _Arrive.apply(ticket, trip)
 
 
 class _Product(torch.autograd.Function):

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from weft.parallel.comm import Pending, SingleComm
 from weft.parallel.flat import Flat, Section, Slot, Stored, aligned, copies, slots
 from weft.parallel.mesh import Mesh, mesh_of
 from weft.parallel.units import Divided, Foresight, unit_of, watch
+from weft.plan.layout import Layout
 from weft.spec.layout import PlanConfig
 from weft.spec.param import ParamSpec
 from weft.spec.precision import PRECISIONS
@@ -52,16 +54,17 @@ class Store:
         self, model: nn.Module, specs: Iterable[ParamSpec], precision: str, mesh: Mesh | None = None
     ) -> None:
         self.mesh = mesh or mesh_of(PlanConfig(), SingleComm())
-        self.comm = self.mesh.store
         config = self.mesh.layout.store
-        self.level = config.level if self.comm.size > 1 else 0
+        roles = (self.mesh.plan.decoder, self.mesh.plan.experts)
+        self._comms = {id(layout): self.mesh.store(layout) for layout in roles}
+        self.level = config.level if any(comm.size > 1 for comm in self._comms.values()) else 0
         self.master_dtype: torch.dtype = getattr(torch, PRECISIONS[precision].master)
-        self._copies = lru_cache(partial(copies, self.mesh))
+        self._copies = lru_cache(lambda layout, places: copies(self.mesh.rank, layout, places))
         self._params = {s.name: (s, model.get_parameter(s.name)) for s in specs if not s.buffer}
         self.names = tuple(self._params)
         units = model.units() if self.level > 1 and isinstance(model, Divided) else {"": model}
         self._sections: dict[str, list[tuple[Flat, Section]]] = {unit: [] for unit in units}
-        self.flats = [self._flat(*key, members) for key, members in self._alike(units).items()]
+        self.flats = [self._flat(*members) for members in self._alike(units).values()]
         self._moving: list[tuple[Tensor, Pending]] = []
         self._open: Counter[str] = Counter()  # uses whose gradients are to come
         self._held: Counter[str] = Counter()  # uses that need the parameters now
@@ -72,41 +75,46 @@ class Store:
             owners = {id(param): unit_of(name, units) for name, (_, param) in self._params.items()}
             watch(model, units, owners, self)
 
-    def _alike(self, units: Iterable[str]) -> dict[tuple[bool, torch.dtype], dict[str, list[ParamSpec]]]:
-        """Specs by what the optimizer does with them and by unit, units in their order."""
-        found: dict[tuple[bool, torch.dtype], dict[str, list[ParamSpec]]] = {}
+    def _alike(self, units: Iterable[str]) -> dict[Any, tuple[Layout, dict[str, list[ParamSpec]]]]:
+        """Specs by role, by what the optimizer does with them and by unit, units in their order."""
+        found: dict[Any, tuple[Layout, dict[str, list[ParamSpec]]]] = {}
         for name, (spec, param) in self._params.items():
-            members = found.setdefault((spec.decay, param.dtype), {unit: [] for unit in units})
+            layout = self.mesh.plan.of(spec)
+            key = id(layout), spec.decay, param.dtype
+            _, members = found.setdefault(key, (layout, {unit: [] for unit in units}))
             members[unit_of(name, units)].append(spec)
         return found
 
-    def _flat(self, decay: bool, dtype: torch.dtype, members: dict[str, list[ParamSpec]]) -> Flat:
+    def _flat(self, layout: Layout, members: dict[str, list[ParamSpec]]) -> Flat:
         sections: dict[str, Section] = {}
+        spec = next(specs for specs in members.values() if specs)[0]
+        dtype, comm = self._params[spec.name][1].dtype, self._comms[id(layout)]
         parts: list[Tensor] = []
         for unit, specs in members.items():
             if specs:
-                sections[unit] = section = self._section(specs, sum(map(len, parts)))
+                sections[unit] = section = self._section(specs, layout, sum(map(len, parts)))
                 parts.append(section.own() if self.level == 0 else section.own().clone())
                 if self.level == 3:
                     section.resize(0)
         shard = parts[0] if self.level == 0 else torch.cat(parts)
         master = shard if dtype == self.master_dtype else shard.to(self.master_dtype)
         grad = next(iter(sections.values())).total if self.level == 0 else torch.zeros_like(master)
-        flat = Flat(self.mesh.rank, decay, list(sections.values()), shard, master, grad)
+        flat = Flat(self.mesh.rank, comm, spec.decay, list(sections.values()), shard, master, grad)
         for unit, section in sections.items():
             self._sections[unit].append((flat, section))
         return flat
 
-    def _section(self, specs: list[ParamSpec], start: int) -> Section:
+    def _section(self, specs: list[ParamSpec], layout: Layout, start: int) -> Section:
         """Move parameters into one buffer."""
-        places = slots(specs, self.mesh, self._copies)
+        comm = self._comms[id(layout)]
+        places = slots(specs, self.mesh, partial(self._copies, layout))
         params = [self._params[spec.name][1] for spec in specs]
         for box in (box for slot in places for box in slot.boxes if box.box.numel):
             self.mesh.comm.group(box.ranks)  # made now, by all their members in the same order
-        width = aligned(-(-places[-1].end // self.comm.size))
-        compute = params[0].detach().new_zeros(width * self.comm.size)
+        width = aligned(-(-places[-1].end // comm.size))
+        compute = params[0].detach().new_zeros(width * comm.size)
         total = torch.zeros_like(compute, dtype=self.master_dtype) if self.level < 2 else compute.new_zeros(0)
-        section = Section(places, params, self.comm.rank * width, width, start, compute, total)
+        section = Section(places, params, comm.rank * width, width, start, compute, total)
         for param, view in zip(params, section.views(compute), strict=True):
             param.data = view.copy_(param.detach())
         if self.level < 2:
@@ -159,8 +167,8 @@ class Store:
         del self._open[unit]
         self._settle()
         for flat, section in self._sections[unit]:
-            rows = section.take_gradients(self.master_dtype).view(self.comm.size, -1)
-            self._moving.append((section.part(flat.grad), self.comm.start_reduce_scatter(rows)))
+            rows = section.take_gradients(self.master_dtype).view(flat.comm.size, -1)
+            self._moving.append((section.part(flat.grad), flat.comm.start_reduce_scatter(rows)))
 
     def end_microbatch(self) -> None:
         """After the backward pass of a microbatch: reduce what is left, free what was gathered ahead."""
@@ -197,7 +205,7 @@ class Store:
             self._here[unit].append(self._spread(flat, section))
 
     def _spread(self, flat: Flat, section: Section) -> Pending:
-        return self.comm.start_all_gather(section.part(flat.shard), section.compute)
+        return flat.comm.start_all_gather(section.part(flat.shard), section.compute)
 
     def _arrive(self, unit: str) -> None:
         for pending in self._here[unit]:
@@ -244,7 +252,7 @@ class Store:
         for flat in self.flats:
             if self.level == 1:
                 total = flat.sections[0].total  # all units are one
-                flat.grad.copy_(self.comm.reduce_scatter(total.view(self.comm.size, -1)))
+                flat.grad.copy_(flat.comm.reduce_scatter(total.view(flat.comm.size, -1)))
             flat.sum_copies(self.mesh.comm.group)
 
     def norm(self) -> Tensor:
@@ -285,13 +293,14 @@ class Store:
     def whole(self, name: str, values: Values) -> Tensor:
         """This rank's tensor of a parameter, put together from the store group; a collective call of it."""
         flat, section, slot = self._find(name)
-        edges = [min(max(i * section.width, slot.start), slot.stop) for i in range(self.comm.size + 1)]
+        comm = flat.comm
+        edges = [min(max(i * section.width, slot.start), slot.stop) for i in range(comm.size + 1)]
         lengths = [last - first for first, last in zip(edges, edges[1:], strict=False)]
-        first = edges[self.comm.rank] - section.first
-        own = section.part(values(flat))[first : first + lengths[self.comm.rank]]
+        first = edges[comm.rank] - section.first
+        own = section.part(values(flat))[first : first + lengths[comm.rank]]
         row = own.new_zeros(max(lengths))
         row[: len(own)] = own
-        rows = self.comm.all_gather(row)
+        rows = comm.all_gather(row)
         return torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)]).view(slot.shape)
 
     def _find(self, name: str) -> tuple[Flat, Section, Slot]:

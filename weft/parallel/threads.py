@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.parallel.comm import Collectives, Comm, Family, SingleComm
+from weft.parallel.collectives import Collectives, Family
+from weft.parallel.comm import Comm, SingleComm
 
 GRACE = 5.0  # seconds that the other threads have to end after one has failed
 
@@ -137,7 +138,7 @@ class ThreadComm(Collectives):
         self._board = gang.board(lineage, self.ranks)
 
     def _exchange(self, op: str, source: Tensor, out: Tensor) -> Callable[[], object]:
-        self.note(op, max(source.nbytes, out.nbytes))
+        self.note_whole(op, max(source.nbytes, out.nbytes))
         kind = f"{op} of {source.numel()} {str(source.dtype).removeprefix('torch.')}"
         turn = self._board.lay(self.rank, kind, source.clone())
 
@@ -155,6 +156,22 @@ class ThreadComm(Collectives):
                 out.copy_(_total(rows(values)))
             else:
                 torch.cat(rows(values), out=out)
+
+        return finish
+
+    def _exchange_v(
+        self, source: Tensor, out: Tensor, send: list[int], receive: list[int]
+    ) -> Callable[[], object]:
+        self.note_parts(out, receive)
+        kind = f"uneven all_to_all of {str(source.dtype).removeprefix('torch.')}"
+        turn = self._board.lay(self.rank, kind, source.clone().split(send))
+
+        def finish() -> None:
+            parts = [values[self.rank] for values in self._board.collect(turn, list)]
+            lengths = [len(part) for part in parts]
+            if lengths != receive:
+                raise RuntimeError(f"rank {self.rank} expects {receive} elements, but is sent {lengths}")
+            torch.cat(parts, out=out)
 
         return finish
 

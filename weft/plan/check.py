@@ -6,9 +6,9 @@ from typing import Any
 
 from weft.config.base import Config
 from weft.config.errors import ConfigError, Problem
-from weft.plan.layout import Plan, divisors, plan_of
+from weft.plan.layout import Plan, divisors, of_experts, plan_of
 from weft.plan.shard import SHARED, Plane, held
-from weft.plan.units import of_experts, same_stages, units
+from weft.plan.units import same_stages, units
 from weft.spec.hybrid import HybridConfig
 from weft.spec.layers import MixerConfig, NormConfig
 from weft.spec.layout import PlanConfig
@@ -74,14 +74,9 @@ def check(model: HybridConfig, config: PlanConfig, world: int, batch: int = 0) -
 def executable(plan: Plan) -> list[Problem]:
     """What this version plans, shows and costs but does not run yet; paths start with ``plan``."""
     grid, found = plan.decoder.grid, list[Problem]()
-    for axis, meaning in (("pp", "pipeline stages"), ("cp", "context parallelism")):
-        if grid.size(axis) > 1:
-            message = f"{grid.size(axis)} {meaning} can be planned, but not run by this version; set 1"
-            found.append(Problem(f"plan.decoder.{axis}", message))
-    for axis in ("ep", "etp"):
-        if plan.experts.size(axis) > 1:
-            message = f"{plan.experts.size(axis)} can be planned, but not run by this version; set 1"
-            found.append(Problem(f"plan.experts.{axis}", message))
+    if grid.size("pp") > 1:
+        message = f"{grid.size('pp')} pipeline stages can be planned, but not run by this version; set 1"
+        found.append(Problem("plan.decoder.pp", message))
     if tuple(grid.ranks) != tuple(range(plan.world)):
         message = (
             f"{len(grid.ranks)} of the {plan.world} ranks, or another order, can be planned, but not run"
@@ -199,7 +194,7 @@ def _grid(model: HybridConfig, plan: Plan, batch: int) -> Iterator[Problem]:
         fix = f"set dp to {batch} or less (more tp, fewer ranks), or raise that"
         message = f"{grid.size('dp')} readers share train.global_batch_size = {batch} sequences; {fix}"
         yield Problem("dp", message)
-    if not same_stages(grid, plan.experts):
+    if not same_stages(grid, plan.experts.grid):
         yield Problem(
             "pp", "the decoder's stages and the experts' have different ranks; give both the same pp"
         )
@@ -209,7 +204,7 @@ def _experts(model: HybridConfig, plan: Plan) -> Iterator[Problem]:
     mixtures = any(of_experts(spec) for unit in units(model) for spec in unit.specs)
     limits = (("ep", "n_routed_experts"), ("etp", "moe_intermediate_size"))
     for axis, setting in limits:
-        parts, count = plan.experts.size(axis), int(getattr(model, setting))
+        parts, count = plan.experts.grid.size(axis), int(getattr(model, setting))
         if parts > 1 and not mixtures:
             yield Problem(axis, f"{parts}, but model.pattern {model.pattern!r} has no E layer; set 1")
         elif count % parts:

@@ -14,9 +14,9 @@ from itertools import accumulate, product
 
 from weft.plan.box import Box
 from weft.plan.grid import Grid
-from weft.plan.layout import Plan
+from weft.plan.layout import Plan, of_experts
 from weft.plan.shard import SHARD, Held, share
-from weft.plan.units import Unit, cut_at, of_experts, pieces, shape_at, stage_of, units
+from weft.plan.units import Unit, stage_of, units
 from weft.spec.count import StateBytes, state_of
 from weft.spec.hybrid import HybridConfig
 from weft.spec.param import ParamSpec
@@ -52,7 +52,12 @@ def diff(before: Plan, after: Plan) -> list[Change]:
     for f in fields(old.store):
         was, now = (str(getattr(store, f.name)) for store in (old.store, new.store))
         found.append((f"decoder.store.{f.name}", was, now))
-    found += _axes("experts", before.experts, after.experts)
+    for name in ("attend", "scan"):
+        found.append((f"decoder.{name}", getattr(old, name), getattr(new, name)))
+    found += _axes("experts", before.experts.grid, after.experts.grid)
+    for name in ("transport", "node"):
+        was, now = (str(getattr(plan.experts, name)) for plan in (before, after))
+        found.append((f"experts.{name}", was, now))
     return [change for change in found if change[1] != change[2]]
 
 
@@ -133,13 +138,13 @@ class _Side:
         level = self.plan.decoder.store.level
         weights, state = dict[str, tuple[Box, ...]](), dict[str, tuple[Box, ...]]()
         for buffer in self._of(unit, rank):
-            cut = buffer.cut(*cut_at(self.plan, buffer.specs[0], rank))
+            cut = buffer.cut(*self.plan.cut(buffer.specs[0], rank))
             state |= cut
             weights |= cut if level >= 3 else buffer.cut(1, 0)
         return weights, state
 
     def _of(self, unit: int, rank: int) -> list[_Buffer]:
-        key = unit, self.plan.decoder.place(rank), self.plan.experts.index(rank, "ep", "etp")
+        key = unit, self.plan.decoder.place(rank), self.plan.experts.place(rank)
         if key not in self._buffers:
             groups: dict[tuple[StateBytes, bool, bool], list[ParamSpec]] = {}
             for spec, each in _states(self.units[unit], self._precision):
@@ -153,8 +158,8 @@ def _states(unit: Unit, precision: str) -> list[tuple[ParamSpec, StateBytes]]:
 
 
 def _buffer(plan: Plan, specs: list[ParamSpec], rank: int) -> _Buffer:
-    shapes = tuple(shape_at(plan, spec, rank) for spec in specs)
-    boxes = tuple(pieces(plan, spec, rank) for spec in specs)
+    shapes = tuple(plan.shape(spec, rank) for spec in specs)
+    boxes = tuple(plan.held(spec, rank) for spec in specs)
     return _Buffer(tuple(specs), boxes, shapes, tuple(accumulate(map(math.prod, shapes))))
 
 

@@ -2,54 +2,152 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from weft.config.errors import ConfigError, Problem
 from weft.plan.grid import Grid
-from weft.plan.shard import SHARD, Plane
-from weft.spec.layout import ExpertsConfig, LayoutConfig, PlanConfig, StoreConfig
+from weft.plan.shard import SHARD, Held, Plane, expert_boxes, held, share
+from weft.spec.layout import (
+    Attend,
+    ExpertsConfig,
+    LayoutConfig,
+    PlanConfig,
+    Scan,
+    StoreConfig,
+    Transport,
+)
+from weft.spec.param import ParamSpec
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One role's grid and what is cut over it."""
+    """One role's grid and what is cut over it.
+
+    Attributes:
+        grid: the ranks. The last two axes are those of a place; the others but pp, copies of it.
+        store: how parameters rest.
+        over: axes of the copies over which the store cuts, outer to inner.
+    """
 
     grid: Grid
-    plane: Plane
     store: StoreConfig
+    over: tuple[str, ...]
+
+    @property
+    def inner(self) -> tuple[str, ...]:
+        """Axes of a place: tp and tp_embed, or ep and etp."""
+        return tuple(name for name, _ in self.grid.axes[-2:])
+
+    @property
+    def places(self) -> int:
+        """Ranks that hold one copy of everything in a stage."""
+        return self.grid.size(*self.inner)
 
     def place(self, rank: int) -> int:
-        """Number of a rank's place on the tensor plane."""
-        return self.grid.index(rank, "tp", "tp_embed")
+        """Number of a rank's place among those of one copy."""
+        return self.grid.index(rank, *self.inner)
+
+    def stage(self, rank: int) -> tuple[int, ...]:
+        """All ranks of this rank's stage."""
+        return self.grid.group(rank, *(name for name, _ in self.grid.axes[1:]))
 
     def holders(self, rank: int, places: tuple[int, ...]) -> tuple[int, ...]:
         """Ranks of this rank's stage whose place is one of ``places``: all copies of a box."""
-        copies = self.grid.group(rank, "dp", "cp", "tp", "tp_embed")
-        size = self.plane.size
-        return tuple(other for i, other in enumerate(copies) if i % size in places)
+        size = self.places
+        return tuple(other for i, other in enumerate(self.stage(rank)) if i % size in places)
+
+    @property
+    def cuts(self) -> int:
+        """Into how many parts the store cuts what a rank holds."""
+        return (self.store.shards or self.grid.size(*self.over)) if self.store.level else 1
 
     def store_group(self, rank: int) -> tuple[int, ...]:
         """Ranks over which the store cuts what ``rank`` holds, in the order of the cuts."""
-        everyone = self.grid.group(rank, *self.store.over)
-        if self.store.level == 0:
-            return (rank,)
-        shards = self.store.shards or len(everyone)
-        first = everyone.index(rank) // shards * shards
-        return everyone[first : first + shards]
+        everyone = self.grid.group(rank, *self.over)
+        first = everyone.index(rank) // self.cuts * self.cuts
+        return everyone[first : first + self.cuts]
+
+
+@dataclass(frozen=True)
+class Decoder(Layout):
+    """Layout of everything but the routed experts.
+
+    Attributes:
+        plane: the ranks that share one copy of a layer, and what is cut over them.
+        attend: form of attention where ranks share tokens.
+        scan: form of scans there.
+    """
+
+    plane: Plane
+    attend: Attend = "auto"
+    scan: Scan = "auto"
 
     @property
     def readers(self) -> int:
         """Ranks (or groups of them) that read different samples."""
         return self.grid.size("dp")
 
+    def tokens(self, count: int) -> tuple[int, ...]:
+        """Tokens of each of the ranks that share a run of ``count``."""
+        parts = self.grid.size("cp")
+        return tuple(len(share(count, parts, index)) for index in range(parts))
+
+
+@dataclass(frozen=True)
+class Experts(Layout):
+    """Layout of the routed experts, over the decoder's ranks and stages.
+
+    Attributes:
+        transport: how tokens travel.
+        node: ranks of a node.
+    """
+
+    transport: Transport = "auto"
+    node: int = 8
+
 
 @dataclass(frozen=True)
 class Plan:
-    """Layouts by role on ``world`` ranks; ``experts`` is a second grid over the decoder's ranks."""
+    """Layouts by role on ``world`` ranks."""
 
     world: int
-    decoder: Layout
-    experts: Grid
+    decoder: Decoder
+    experts: Experts
+
+    def of(self, spec: ParamSpec) -> Layout:
+        """The layout of a parameter."""
+        return self.experts if of_experts(spec) else self.decoder
+
+    def held(self, spec: ParamSpec, rank: int) -> tuple[Held, ...]:
+        """Boxes of a parameter of this rank's stage that the rank computes with; holders are places.
+
+        Raises:
+            ValueError: a dimension that the plan cannot cut.
+        """
+        place = self.of(spec).place(rank)
+        if of_experts(spec):
+            return expert_boxes(spec.dims, self.experts.grid.size("ep"), self.experts.grid.size("etp"), place)
+        return held(spec, self.decoder.plane, place)
+
+    def shape(self, spec: ParamSpec, rank: int) -> tuple[int, ...]:
+        """Shape of this rank's tensor of a parameter of its stage."""
+        boxes = self.held(spec, rank)
+        return tuple(max(box.local.stop[axis] for box in boxes) for axis in range(len(spec.dims)))
+
+    def cut(self, spec: ParamSpec, rank: int) -> tuple[int, int]:
+        """Into how many parts the store cuts what ``rank`` holds of a parameter, and which is the rank's."""
+        layout = self.of(spec)
+        return (1, 0) if spec.buffer else (layout.cuts, layout.grid.index(rank, *layout.over) % layout.cuts)
+
+    def room(self, spec: ParamSpec) -> int:
+        """Elements of the largest tensor that any place has of a parameter."""
+        places = [self.of(spec).grid.ranks[place] for place in range(self.of(spec).places)]
+        return max(math.prod(self.shape(spec, rank)) for rank in places)
+
+
+def of_experts(spec: ParamSpec) -> bool:
+    """Whether a parameter is laid out on the grid of the experts."""
+    return any(part.axis == "expert_mlp" for dim in spec.dims for part in dim)
 
 
 def parse_ranks(text: str, world: int) -> tuple[int, ...]:
@@ -91,7 +189,7 @@ def plan_of(config: PlanConfig, world: int) -> Plan:
     return Plan(world, decoder, experts)
 
 
-def _decoder(config: LayoutConfig, world: int, problems: list[Problem]) -> Layout | None:
+def _decoder(config: LayoutConfig, world: int, problems: list[Problem]) -> Decoder | None:
     found = [problem.under("decoder") for problem in _wrong(config, world)]
     problems += found
     if found:
@@ -102,7 +200,9 @@ def _decoder(config: LayoutConfig, world: int, problems: list[Problem]) -> Layou
     grid = Grid(ranks, tuple(zip(("pp", "dp", "cp", "tp", "tp_embed"), sizes, strict=True)))
     table = {**SHARD, **config.shard}
     shard = frozenset(name for name, axis in table.items() if axis == "tp")
-    return Layout(grid, Plane(config.tp, config.tp_embed, shard), config.store)
+    over = tuple(axis for axis in ("dp", "cp") if axis in config.store.over)
+    plane = Plane(config.tp, config.tp_embed, shard)
+    return Decoder(grid, config.store, over, plane, config.attend, config.scan)
 
 
 def _wrong(config: LayoutConfig, world: int) -> Iterator[Problem]:
@@ -155,7 +255,7 @@ def divisors(count: int) -> list[int]:
     return [n for n in range(1, count + 1) if count % n == 0]
 
 
-def _experts(config: ExpertsConfig, decoder: Layout, problems: list[Problem]) -> Grid | None:
+def _experts(config: ExpertsConfig, decoder: Decoder, problems: list[Problem]) -> Experts | None:
     pp = decoder.grid.size("pp")
     stage = len(decoder.grid.ranks) // pp
     inner = config.ep * config.etp
@@ -168,4 +268,5 @@ def _experts(config: ExpertsConfig, decoder: Layout, problems: list[Problem]) ->
         problems.append(Problem("experts.ep", message))
         return None
     axes = (("pp", pp), ("edp", stage // inner), ("ep", config.ep), ("etp", config.etp))
-    return Grid(decoder.grid.ranks, axes)
+    grid = Grid(decoder.grid.ranks, axes)
+    return Experts(grid, replace(decoder.store, shards=0), ("edp",), config.transport, config.node)

@@ -10,9 +10,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from weft.plan.layout import Plan
+from weft.plan.layout import Plan, of_experts
 from weft.plan.shard import localize
-from weft.plan.units import Unit, cut_at, of_experts, shape_at, units
+from weft.plan.units import Unit, units
 from weft.spec.count import StateBytes, state_of
 from weft.spec.hybrid import HybridConfig
 from weft.spec.layers import AttentionConfig, MambaConfig, MixerConfig, MLPConfig, MoEConfig
@@ -88,8 +88,8 @@ def _unit(plan: Plan, unit: Unit, rank: int, precision: str) -> tuple[Memory, in
     for spec in unit.specs:
         key = state_of(spec, precision), spec.decay, of_experts(spec)
         elements, _ = buffers.get(key, (0, 1))
-        cuts, _ = cut_at(plan, spec, rank)
-        buffers[key] = elements + math.prod(shape_at(plan, spec, rank)), cuts
+        cuts, _ = plan.cut(spec, rank)
+        buffers[key] = elements + math.prod(plan.shape(spec, rank)), cuts
     rests, busy = Memory(), 0
     for (state, _, _), (whole, cuts) in buffers.items():
         cut = -(-whole // cuts)

@@ -24,10 +24,10 @@ def svg(plan: Plan) -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {max(width, 420):.0f} {2 * height:.0f}" '
         'font-family="system-ui, sans-serif" font-size="13">',
-        f"<title>{title}: {axes_words(grid)}; experts {axes_words(plan.experts)}</title>",
+        f"<title>{title}: {axes_words(grid)}; experts {axes_words(plan.experts.grid)}</title>",
         '<rect width="100%" height="100%" fill="white"/>',
     ]
-    colours = (("decoder", grid, "dp"), ("experts", plan.experts, "ep"))
+    colours = (("decoder", grid, "dp"), ("experts", plan.experts.grid, "ep"))
     for i, (role, shown, axis) in enumerate(colours):
         words = f"{role}: {axes_words(shown)}; hue: {'pp, ' if shown.size('pp') > 1 else ''}{axis}"
         parts.append(f'<g transform="translate({_MARGIN} {i * height + _HEAD:.1f})">')

@@ -217,10 +217,21 @@ def held(spec: ParamSpec, plane: Plane, place: int) -> tuple[Held, ...]:
     return _plane_boxes(spec.dims, plane)[place]
 
 
-def local_shape(spec: ParamSpec, plane: Plane, place: int) -> tuple[int, ...]:
-    """Shape of a parameter's tensor at a place."""
-    boxes = held(spec, plane, place)
-    return tuple(max(box.local.stop[axis] for box in boxes) for axis in range(len(spec.dims)))
+@lru_cache(maxsize=4096)
+def expert_boxes(dims: tuple[Dim, ...], ep: int, etp: int, place: int) -> tuple[Held, ...]:
+    """What one of ``ep * etp`` places holds of a stacked parameter of experts.
+
+    Raises:
+        ValueError: ranks that do not divide the experts or their inner width.
+    """
+    cuts = {"experts": (ep, place // etp), "expert_mlp": (etp, place % etp)}
+    runs: list[range] = []
+    for dim in dims:
+        (part,) = dim
+        parts, index = cuts.get(part.axis, (1, 0))
+        runs.append(_even(part, parts, index))
+    box = Box(tuple(run.start for run in runs), tuple(len(run) for run in runs))
+    return (Held(box, Box.whole(box.shape), (place,)),)
 
 
 def features(dim: Dim, plane: Plane, place: int) -> tuple[tuple[int, ...], ...]:

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from weft.plan.grid import Grid
-from weft.plan.layout import Plan
+from weft.plan.layout import Plan, of_experts
 from weft.plan.memory import Memory, largest
 from weft.plan.shard import SHARED, Plane
-from weft.plan.units import Unit, of_experts, pieces, shape_at, units
+from weft.plan.units import Unit, units
 from weft.spec.param import Dim, ParamSpec
 from weft.spec.run import RunConfig
 
@@ -29,7 +29,7 @@ class Table:
 def show(run: RunConfig, plan: Plan) -> list[Table]:
     """Everything about a plan that fits: grids and their pictures, units, memory."""
     tables: list[Table] = []
-    for role, grid in (("decoder", plan.decoder.grid), ("experts", plan.experts)):
+    for role, grid in (("decoder", plan.decoder.grid), ("experts", plan.experts.grid)):
         rows = tuple(_axis_rows(grid))
         tables.append(
             Table(f"{role}: {_ranks(grid)}", ("axis", "size", "groups", "ranks") if rows else (), rows)
@@ -48,7 +48,7 @@ def summary(run: RunConfig, plan: Plan) -> Table:
     state, rest = bytes_words(need.state), bytes_words(need.total - need.state)
     rows = [("ranks", f"{plan.world:,}"), ("decoder", axes_words(plan.decoder.grid))]
     if any(of_experts(spec) for unit in units(run.model) for spec in unit.specs):
-        rows.append(("experts", axes_words(plan.experts)))
+        rows.append(("experts", axes_words(plan.experts.grid)))
     rows.append(("store", cut))
     rows.append(("memory", f"{bytes_words(need.total)} on rank {rank}: state {state}, at work about {rest}"))
     return Table("", ("", ""), tuple(rows))
@@ -134,9 +134,9 @@ def _unit_rows(plan: Plan, unit: Unit) -> Iterator[Row]:
     rank = plan.decoder.grid.ranks[0]
     several = f" x {len(unit.names)}" if len(unit.names) > 1 else ""
     for i, spec in enumerate(unit.specs):
-        here, folded = shape_at(plan, spec, rank), of_experts(spec) and plan.experts.size("ep", "etp") > 1
-        outer = plan.experts.size("edp") if folded else plan.decoder.grid.size("dp", "cp")
-        copies = sorted({outer * len(piece.holders) for piece in pieces(plan, spec, rank)})
+        here, layout = plan.shape(spec, rank), plan.of(spec)
+        copies = sorted({len(layout.holders(rank, piece.holders)) for piece in plan.held(spec, rank)})
+        folded = layout is plan.experts
         cut = _folded_words(plan, spec) if folded else _cut_words(plan.decoder.plane, spec, here)
         label = unit.kind + several if i == 0 else ""
         yield label, spec.name, _shape(spec.shape), cut, _shape(here), ", ".join(f"{n:,}" for n in copies)
@@ -181,7 +181,7 @@ def _folded_words(plan: Plan, spec: ParamSpec) -> str:
     cuts = {"experts": "ep", "expert_mlp": "etp"}
     names = (part.axis for dim in spec.dims for part in dim)
     return ", ".join(
-        f"{name}/{cuts[name]}" if plan.experts.size(cuts.get(name, "")) > 1 else name for name in names
+        f"{name}/{cuts[name]}" if plan.experts.grid.size(cuts.get(name, "")) > 1 else name for name in names
     )
 
 

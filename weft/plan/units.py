@@ -6,12 +6,10 @@ Layers that are alike are one unit with many names, so that large models are as 
 from dataclasses import dataclass
 from functools import lru_cache
 
-from weft.plan.box import Box
 from weft.plan.grid import Grid
-from weft.plan.layout import Plan
-from weft.plan.shard import Held, held, share
+from weft.plan.shard import share
 from weft.spec.hybrid import BlockConfig, HybridConfig
-from weft.spec.param import Dim, ParamSpec
+from weft.spec.param import ParamSpec
 
 
 @dataclass(frozen=True)
@@ -66,55 +64,6 @@ def stage_of(name: str, model: HybridConfig, pp: int) -> int:
         return pp - 1
     layer, layers = int(rest), len(model.parts.main)
     return next(stage for stage in range(pp) if layer in share(layers, pp, stage))
-
-
-def of_experts(spec: ParamSpec) -> bool:
-    """Whether a parameter is laid out on the grid of the experts."""
-    return any(part.axis == "expert_mlp" for dim in spec.dims for part in dim)
-
-
-def pieces(plan: Plan, spec: ParamSpec, rank: int) -> tuple[Held, ...]:
-    """Boxes of a parameter of this rank's stage that the rank computes with; holders are places.
-
-    Raises:
-        ValueError: a dimension that the plan cannot cut.
-    """
-    if of_experts(spec) and plan.experts.size("ep", "etp") > 1:
-        return _expert_boxes(
-            spec.dims, *(plan.experts.size(a) for a in ("ep", "etp")), plan.experts.index(rank, "ep", "etp")
-        )
-    return held(spec, plan.decoder.plane, plan.decoder.place(rank))
-
-
-@lru_cache(maxsize=4096)
-def _expert_boxes(dims: tuple[Dim, ...], ep: int, etp: int, place: int) -> tuple[Held, ...]:
-    cuts = {"experts": (ep, place // etp), "expert_mlp": (etp, place % etp)}
-    runs: list[range] = []
-    for dim in dims:
-        (part,) = dim
-        parts, index = cuts.get(part.axis, (1, 0))
-        if part.count % parts:
-            raise ValueError(f"{parts} ranks do not divide {part.axis} = {part.count}")
-        runs.append(share(part.count, parts, index))
-    box = Box(tuple(run.start for run in runs), tuple(len(run) for run in runs))
-    return (Held(box, Box.whole(box.shape), (place,)),)
-
-
-def shape_at(plan: Plan, spec: ParamSpec, rank: int) -> tuple[int, ...]:
-    """Shape of this rank's tensor of a parameter of its stage."""
-    boxes = pieces(plan, spec, rank)
-    return tuple(max(box.local.stop[axis] for box in boxes) for axis in range(len(spec.dims)))
-
-
-def cut_at(plan: Plan, spec: ParamSpec, rank: int) -> tuple[int, int]:
-    """Into how many parts the store cuts what ``rank`` holds of a parameter, and which one is the rank's."""
-    store, grid = plan.decoder.store, plan.decoder.grid
-    if not store.level or spec.buffer:
-        return 1, 0
-    if of_experts(spec) and plan.experts.size("ep", "etp") > 1:
-        return plan.experts.size("edp"), plan.experts.index(rank, "edp")
-    cuts = store.shards or grid.size(*store.over)
-    return cuts, grid.index(rank, *store.over) % cuts
 
 
 def same_stages(outer: Grid, inner: Grid) -> bool:

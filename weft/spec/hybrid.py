@@ -12,6 +12,7 @@ from weft.config.base import Config, setting
 from weft.config.errors import Problem
 from weft.spec.layers import (
     AttentionConfig,
+    DropPolicy,
     LinearConfig,
     MambaConfig,
     MixerConfig,
@@ -117,10 +118,28 @@ class HybridConfig(Config):
     norm_topk_prob: bool = setting(True, "divide the chosen scores by their sum")
     routed_scaling_factor: float = setting(1.0, "factor on the routing weights")
     router_aux_loss_coef: float = setting(1e-4, "coefficient of the per-document balance loss", ge=0)
+    router_batch_aux_loss_coef: float = setting(
+        0.0, "coefficient of the balance loss over the tokens of all ranks in a forward pass", ge=0
+    )
+    router_global_aux_loss_coef: float = setting(
+        0.0, "coefficient of the balance loss over all tokens of the step so far", ge=0
+    )
     router_z_loss_coef: float = setting(0.0, "coefficient of the router z-loss", ge=0)
     router_bias_update_rate: float = setting(
         1e-3, "step of the correction bias per global batch; 0 is off", ge=0
     )
+    moe_capacity_factor: float = setting(
+        0.0, "tokens an expert takes of a group of tokens, over an even share; 0 drops none", ge=0
+    )
+    moe_capacity_tokens: int = setting(0, "tokens of such a group inside one sample; 0 is the sample", ge=0)
+    moe_drop_policy: DropPolicy = setting(
+        "probs", "what an expert at its capacity keeps: the largest weights, or the first tokens (position)"
+    )
+    moe_pad_to_capacity: bool = setting(False, "pad every expert to its capacity: static shapes")
+    moe_jitter: float = setting(
+        0.0, "router inputs are scaled by U(1 - this, 1 + this) in training; 0 is off", ge=0, lt=1
+    )
+    moe_force_balance: bool = setting(False, "choose experts in turn instead of by score (for benchmarks)")
     mtp_num_depths: int = setting(0, "MTP depths trained; 0 is one per '/' of the pattern", ge=0)
     mtp_loss_scale: float = setting(0.3, "weight of the mean MTP loss", ge=0)
     layer_norm_epsilon: float = setting(1e-5, "norm epsilon", gt=0)
@@ -227,7 +246,15 @@ class HybridConfig(Config):
             normalize=self.norm_topk_prob,
             scale=self.routed_scaling_factor,
             aux_coef=self.router_aux_loss_coef,
+            batch_coef=self.router_batch_aux_loss_coef,
+            global_coef=self.router_global_aux_loss_coef,
             z_coef=self.router_z_loss_coef,
+            capacity_factor=self.moe_capacity_factor,
+            capacity_tokens=self.moe_capacity_tokens,
+            drop_policy=self.moe_drop_policy,
+            pad_to_capacity=self.moe_pad_to_capacity,
+            jitter=self.moe_jitter,
+            force_balance=self.moe_force_balance,
             std=self.initializer_range,
         )
 
@@ -282,4 +309,6 @@ _FIELDS = {
     ("E", "router.top_k"): "num_experts_per_tok",
     ("E", "router.expert_groups"): "n_group",
     ("E", "router.top_groups"): "topk_group",
+    ("E", "router.capacity_tokens"): "moe_capacity_tokens",
+    ("E", "router.pad_to_capacity"): "moe_pad_to_capacity",
 }

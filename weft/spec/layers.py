@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from weft.config.base import Config, setting
 from weft.config.errors import Problem
@@ -211,9 +212,16 @@ class MLPConfig(MixerConfig):
         return 2 * self.active()
 
 
+DropPolicy = Literal["probs", "position"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig(Config):
-    """Sigmoid router with correction bias and group limit (DeepSeek-V3, arXiv 2412.19437, 2.1.2)."""
+    """Sigmoid router with correction bias and group limit (DeepSeek-V3, arXiv 2412.19437, 2.1.2).
+
+    The balance losses differ in the tokens whose choices they count: those of a document (``aux_coef``), of
+    all ranks in one forward pass (``batch_coef``), or of the step so far (``global_coef``, arXiv 2501.11873).
+    """
 
     embed: int = setting(doc="residual width", ge=1, dim="embed")
     experts: int = setting(doc="routed experts", ge=1)
@@ -223,11 +231,26 @@ class RouterConfig(Config):
     normalize: bool = setting(True, "divide the chosen scores by their sum")
     scale: float = setting(1.0, "factor on the routing weights")
     aux_coef: float = setting(0.0, "coefficient of the per-document auxiliary loss", ge=0)
+    batch_coef: float = setting(0.0, "coefficient of the balance loss of a forward pass", ge=0)
+    global_coef: float = setting(0.0, "coefficient of the balance loss of the step so far", ge=0)
     z_coef: float = setting(0.0, "coefficient of the z-loss", ge=0)
+    capacity_factor: float = setting(
+        0.0, "tokens an expert takes of a group, over an even share; 0 is all", ge=0
+    )
+    capacity_tokens: int = setting(0, "tokens of a group inside one sample; 0 is the sample", ge=0)
+    drop_policy: DropPolicy = setting("probs", "what an expert keeps: large weights, or first tokens")
+    pad_to_capacity: bool = setting(False, "pad every expert to its capacity, so that shapes are static")
+    jitter: float = setting(0.0, "the input is scaled by U(1 - jitter, 1 + jitter) in training", ge=0, lt=1)
+    force_balance: bool = setting(False, "choose experts in turn instead of by score (for benchmarks)")
     std: float = setting(0.02, "standard deviation of initial weights", ge=0)
 
     def check(self) -> Iterator[Problem]:
-        """top_k fits the experts that group-limited routing leaves."""
+        """top_k fits the experts that group-limited routing leaves; capacity settings go together."""
+        if not self.capacity_factor:
+            for name in ("capacity_tokens", "pad_to_capacity"):
+                if value := getattr(self, name):
+                    fix = "set moe_capacity_factor (1.25, say), or leave this out"
+                    yield Problem(name, f"{value} without a capacity; {fix}")
         if self.experts < self.top_k:
             yield Problem(
                 "top_k", f"{self.top_k} experts per token, but there are only {self.experts} experts"

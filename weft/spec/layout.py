@@ -11,6 +11,9 @@ from weft.config.base import Config, setting
 from weft.config.errors import Problem
 
 StoreAxis = Literal["dp", "cp"]
+Attend = Literal["auto", "ring", "all_gather", "all_to_all"]
+Scan = Literal["auto", "states", "all_to_all"]
+Transport = Literal["auto", "all_gather", "all_to_all", "per_rank", "per_node"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,8 @@ class StoreConfig(Config):
 class LayoutConfig(Config):
     """One role's grid, axes from outer to inner: pp, dp, cp, tp, tp_embed.
 
-    ``tp`` cuts the inner dimensions (heads, mlp, vocabulary) and, between layers, the tokens. ``tp_embed``
+    ``cp`` cuts a run of tokens into consecutive parts. ``tp`` cuts the inner dimensions (heads, mlp,
+    vocabulary) and, between layers, the tokens of such a part. ``tp_embed``
     cuts the residual width too, which makes tensor parallelism three-dimensional (rows, columns and, with
     ``store`` at level 3, depth; AxoNN, arXiv 2502.08145).
     """
@@ -48,6 +52,8 @@ class LayoutConfig(Config):
     tp: int = setting(1, "ranks that share inner dimensions", ge=1)
     tp_embed: int = setting(1, "ranks that share the residual width (3-D tensor parallelism)", ge=1)
     shard: dict[str, str] = setting(dict, "dimension: axis; over heads, kv_heads, groups, mlp, vocab: tp")
+    attend: Attend = setting("auto", "how ranks that share tokens attend; auto: fewest bytes")
+    scan: Scan = setting("auto", "how ranks that share tokens scan; auto: fewest bytes")
     store: StoreConfig = setting(StoreConfig, "how parameters rest")
 
 
@@ -57,6 +63,8 @@ class ExpertsConfig(Config):
 
     ep: int = setting(1, "ranks that share the experts", ge=1)
     etp: int = setting(1, "ranks that share the inner width of each expert", ge=1)
+    transport: Transport = setting("auto", "how tokens travel to experts; auto: fewest bytes")
+    node: int = setting(8, "ranks of a node, between which links are slow", ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)

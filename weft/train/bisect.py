@@ -50,7 +50,7 @@ class Fault:
         spread: all of plan B's ranks whose part is off by about as much; a sum over ranks spreads what one
             of them does wrong to the others.
         before: the tensor compared before this one, which agrees.
-        unseen: tensors between the two that only one of the plans has.
+        unseen: tensors of the same unit that only one of the plans has.
     """
 
     at: Tally
@@ -81,8 +81,7 @@ def bisect(a: Trace, b: Trace, precision: str) -> tuple[list[Tally], Fault | Non
         tallies += found
         if first is not None:
             name, before = shared[first], found[first - 1] if first else None
-            start = names.index(shared[first - 1]) + 1 if first else 0
-            unseen = tuple(names[start : names.index(name)])
+            unseen = tuple(other for other in names if other[0] == name[0] and other not in shared)
             return tallies, _fault(found[first], left[name], right[name], before, unseen)
     return tallies, None
 

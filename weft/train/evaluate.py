@@ -49,9 +49,9 @@ def evaluate(model: HybridLM, batches: Iterable[Batch], mesh: Mesh, chunk: int) 
 
     while any(on_every(mesh.comm, take)):
         batch = read[0] if read else empty(1)
-        tokens, future, mask, segments = to_device(batch, device)
-        hidden = model.hidden(tokens, model.context(segments))
-        targets = future[:1].masked_fill(~mask[:1], -1)
+        run = to_device(batch, device, mesh)
+        hidden = model.hidden(run.tokens, model.context(run.segments))
+        targets = run.future[:1].masked_fill(~run.mask[:1], -1)
         sums[0] += model.head([hidden], targets, [1.0], chunk)[0]
         sums[1] += batch.targets[0] * mesh.leads
     nats, count = mesh.comm.all_reduce(sums).tolist()

@@ -21,8 +21,8 @@ from weft.plan.shard import share
 from weft.spec.count import mean_context, training_flops_per_token
 from weft.spec.run import RunConfig
 from weft.train.memory import peak_memory
-from weft.train.objective import PARTS, Totals, objective, take, who_read
-from weft.train.optimizer import Optimizer, RouterLoad
+from weft.train.objective import PARTS, Totals, objective, take, to_device, who_read
+from weft.train.optimizer import Optimizer, RouterLoad, load_row
 from weft.train.routing import as_text, routing_hash
 from weft.train.schedule import learning_rate
 
@@ -66,15 +66,16 @@ class Trainer:
     def batches(self, samples: int) -> list[Batch]:
         """This rank's microbatches of the global batch that starts after ``samples`` samples.
 
-        Readers get shares that differ by at most one sample, and all the same number of microbatches, of
-        which some may be empty: what they do together they do equally often.
+        The batch is cut into parts that all readers compute at the same time, and each part into their
+        shares, which differ by at most one sample and may be empty. So the samples that are computed together
+        depend on the number of parts only, not on the layout.
         """
         train, readers = self.config.train, self.mesh.layout.readers
-        mine = share(train.global_batch_size, readers, self.mesh.reader)
-        longest = len(share(train.global_batch_size, readers, 0))
-        parts = -(-longest // train.micro_batch_size)
-        cuts = (share(len(mine), parts, i) for i in range(parts))
-        return [self.loader.microbatch(samples + mine.start + cut.start, len(cut)) for cut in cuts]
+        together = min(train.micro_batch_size * readers, train.global_batch_size)
+        parts = -(-train.global_batch_size // together)
+        cuts = (share(train.global_batch_size, parts, i) for i in range(parts))
+        mine = ((cut, share(len(cut), readers, self.mesh.reader)) for cut in cuts)
+        return [self.loader.microbatch(samples + cut.start + own.start, len(own)) for cut, own in mine]
 
     @property
     def flops_per_token(self) -> float:
@@ -113,23 +114,27 @@ class Trainer:
         self.optimizer.clip(norm)
         self.optimizer.step(row["lr"])
         counts = self.load.finish(self.comm, config.model.router_bias_update_rate)
-        return row | self._progress(totals, began) | _load_row(counts)
+        dropped = self.load.dropped if config.model.moe_capacity_factor else None
+        return row | self._progress(totals, began) | load_row(counts, dropped)
 
     def _backward(self, batches: Sequence[Batch], totals: Totals) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Gradients of this rank's microbatches; its PARTS, the entropy of each router, the routing hash."""
         self.store.zero_grad()
         entropies: dict[str, Tensor] = {}
+        tally: dict[str, Tensor] = {}  # choices of experts in this step, of all ranks
         device = self.model.embed.weight.device
         parts = torch.zeros(len(PARTS), dtype=self.store.master_dtype, device=device)
         routing = torch.zeros((), dtype=torch.int64, device=device)
         for batch in batches:
-            loss, own, losses = objective(self.model, batch, totals, self.config.train.loss_chunk)
+            run = to_device(batch, device, self.mesh)
+            known = {"seed": self.config.run.seed, "tally": tally}
+            loss, own, losses = objective(self.model, run, totals, self.config.train.loss_chunk, **known)
             loss.backward()
             self.store.end_microbatch()
             parts += own
-            routing += routing_hash(self.model, batch, losses)
+            routing += routing_hash(self.model, run, losses)
             for key, router in losses.stats.items():
-                self.load.add(key, router.counts)
+                self.load.add(key, router.counts, router.drop)
                 entropies[key] = entropies.get(key, 0) + router.entropy / totals.tokens
         return parts, entropies, routing
 
@@ -178,11 +183,3 @@ class Trainer:
                 tensor, owned = self.model.get_buffer(spec.name), self.comm.rank == 0
                 yield Stored(f"model/{spec.name}", tensor, Box.whole(spec.shape), spec.shape, owned)
         yield from self.optimizer.pieces()
-
-
-def _load_row(counts: dict[str, Tensor]) -> dict[str, Any]:
-    if not counts:
-        return {}
-    shares = {name: (c / c.sum().clamp_min(1)).tolist() for name, c in counts.items()}
-    worst = max(max(share) * len(share) for share in shares.values())
-    return {"expert_load_max": worst, "expert_load": {n: [round(s, 6) for s in v] for n, v in shares.items()}}

@@ -17,6 +17,8 @@ memory_gib             largest memory of the process (CPU) or of the allocator (
 expert_load            ``{unit: [share of the routed tokens of each expert]}``, each list sums to 1
 expert_load_max        largest load over the mean load, worst MoE layer
 router_entropy         ``{unit: mean entropy of a token's normalized router scores, nats}``
+drop_rate              ``{unit: share of the choices of experts that had no room}``, with limited capacity
+drop_rate_total        the same share of the choices of all layers
 valid_loss             validation loss, nats per token, at evaluation steps
 valid_bits_per_byte    the same in bits per byte of text
 ====================== =====================================================================================

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from weft.config.errors import DataError, WeftError
@@ -18,9 +20,11 @@ from weft.data.batch import Batch
 from weft.models.hybrid import HybridLM, Losses
 from weft.ops.segments import Segments
 from weft.parallel.comm import Comm
+from weft.parallel.mesh import Mesh
 from weft.parallel.together import on_every
 from weft.spec.count import mean_context
 
+CPU = torch.device("cpu")
 PARTS = ("lm_loss", "mtp_loss", "aux_loss", "z_loss")
 
 
@@ -120,18 +124,48 @@ def check_tokens(batch: Batch, vocab: int) -> None:
         )
 
 
-def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Segments]:
-    """Tokens, future, mask and segments as tensors."""
-    arrays = (batch.tokens, batch.future, batch.mask)
-    tokens, future, mask = (torch.from_numpy(a).to(device, non_blocking=True) for a in arrays)
-    return tokens, future, mask, Segments(batch.lengths)
+@dataclass(frozen=True)
+class Run:
+    """This rank's part of the tokens of a microbatch, on the device.
+
+    Attributes:
+        tokens: token ids.
+        future: see ``Batch``.
+        mask: which targets count.
+        segments: documents.
+        places: number of each token in the whole training run (``Context.places``).
+    """
+
+    tokens: Int[Tensor, " tokens"]
+    future: Int[Tensor, "targets tokens"]
+    mask: Bool[Tensor, "targets tokens"]
+    segments: Segments
+    places: Int[Tensor, " tokens"]
 
 
-def objective(model: HybridLM, batch: Batch, totals: Totals, chunk: int) -> tuple[Tensor, Tensor, Losses]:
-    """One microbatch's share of the loss, its PARTS (detached), and everything the model reports."""
-    tokens, future, mask, segments = to_device(batch, model.embed.weight.device)
+def to_device(batch: Batch, device: torch.device = CPU, mesh: Mesh | None = None) -> Run:
+    """The part of a microbatch that is here: all of it without a mesh."""
+    segments = Segments(batch.lengths, batch.windows)
+    if mesh and mesh.layout.grid.size("cp") > 1:
+        segments = segments.part(mesh.layout.tokens(segments.tokens), mesh.part)
+    here = slice(segments.start, segments.start + segments.tokens)
+    numbers = [np.arange(n) + (sample << 32) for sample, n in zip(batch.samples, batch.windows, strict=True)]
+    places = np.concatenate([np.zeros(0, np.int64), *numbers])
+    arrays = (batch.tokens[here], batch.future[:, here], batch.mask[:, here], places[here])
+    tokens, future, mask, where = (torch.from_numpy(a).to(device, non_blocking=True) for a in arrays)
+    return Run(tokens, future, mask, segments, where)
+
+
+def objective(
+    model: HybridLM, run: Run, totals: Totals, chunk: int, **known: Any
+) -> tuple[Tensor, Tensor, Losses]:
+    """One microbatch's share of the loss, its PARTS (detached), and everything the model reports.
+
+    ``known``: further fields of the forward pass's context.
+    """
+    ctx = model.context(run.segments, places=run.places, **known)
     scales = [1.0 / max(1, n) for n in totals.targets]
-    losses = model.losses(tokens, future, mask, segments, scales, chunk)
+    losses = model.losses(run.tokens, run.future, run.mask, ctx, scales, chunk)
     stats = losses.stats.values()
     zero = losses.lm.new_zeros(())
     mtp = sum(losses.mtp, start=zero) / max(1, len(losses.mtp))

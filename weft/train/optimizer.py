@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,16 +69,24 @@ class Optimizer:
 
 
 class RouterLoad:
-    """Tokens per expert over one global batch, and the correction bias they move."""
+    """Choices of each expert over one global batch, and the correction bias they move.
+
+    Attributes:
+        counts: choices of each expert so far, by layer, those without room included.
+        dropped: of the step that ``finish`` ended, the choices of each layer that had no room.
+    """
 
     def __init__(self, model: HybridLM) -> None:
         self.model = model
         self.counts: dict[str, Tensor] = {}
+        self.dropped: dict[str, Tensor] = {}
+        self._drops: dict[str, Tensor] = {}
 
-    def add(self, key: str, counts: Tensor) -> None:
+    def add(self, key: str, counts: Tensor, drop: Tensor | int = 0) -> None:
         """Add one microbatch; repetitions of an MTP depth count for the one physical layer."""
         name = self._physical(key)
-        self.counts[name] = self.counts[name] + counts if name in self.counts else counts.clone()
+        self.counts[name] = self.counts.get(name, 0) + counts
+        self._drops[name] = self._drops.get(name, counts.new_zeros(())) + drop
 
     def _physical(self, key: str) -> str:
         part, depth, *rest = key.split(".")
@@ -87,12 +96,32 @@ class RouterLoad:
         """Sum over ranks, move every bias by ``rate * sign(mean - count)``, return the counts."""
         if self.counts and comm.size > 1:
             names = sorted(self.counts)
-            together = comm.all_reduce(torch.stack([self.counts[name] for name in names]))
-            self.counts = dict(zip(names, together, strict=True))
+            rows = [torch.cat([self.counts[name], self._drops[name].view(1)]) for name in names]
+            together = comm.all_reduce(torch.stack(rows))
+            self.counts = {name: row[:-1] for name, row in zip(names, together, strict=True)}
+            self._drops = {name: row[-1] for name, row in zip(names, together, strict=True)}
         for name, counts in self.counts.items() if rate else ():
             moe = self.model.get_submodule(name).mixer
             if isinstance(moe, MoE):
-                load = counts.to(moe.router.bias.dtype)
-                moe.router.bias += rate * (load.mean() - load).sign()
+                above = len(counts) * counts - counts.sum()  # whole numbers: an even load moves nothing
+                moe.router.bias -= rate * above.sign().to(moe.router.bias.dtype)
         counts, self.counts = self.counts, {}
+        self.dropped, self._drops = self._drops, {}
         return counts
+
+
+def load_row(counts: dict[str, Tensor], dropped: dict[str, Tensor] | None = None) -> dict[str, Any]:
+    """What ``metrics.jsonl`` says of the load of a step; ``dropped`` where capacity is limited."""
+    if not counts:
+        return {}
+    shares = {name: (c / c.sum().clamp_min(1)).tolist() for name, c in counts.items()}
+    row: dict[str, Any] = {
+        "expert_load_max": max(max(share) * len(share) for share in shares.values()),
+        "expert_load": {name: [round(s, 6) for s in share] for name, share in shares.items()},
+    }
+    if dropped:
+        pairs = {name: max(1, int(counts[name].sum())) for name in dropped}
+        lost = {name: int(drop) for name, drop in dropped.items()}
+        row["drop_rate"] = {name: lost[name] / pairs[name] for name in dropped}
+        row["drop_rate_total"] = sum(lost.values()) / sum(pairs.values())
+    return row

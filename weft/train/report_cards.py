@@ -141,11 +141,21 @@ def expert_cards(record: Record) -> list[Card]:
         Card("Load entropy", fair, lines(entropy, "share of ln(experts)")),
         Card("Idle experts", "No token chose them at a step.", lines(idle, "experts", zero=True, exact=True)),
     ]
-    entropies = {unit: record.series("router_entropy", unit) for unit in record.units("router_entropy")}
-    if entropies := {unit: series for unit, series in entropies.items() if series}:
+    if entropies := _by_unit(record, "router_entropy"):
         caption = "How undecided a router is about one token, mean over tokens."
         cards.append(Card("Router entropy", caption, lines(entropies, "nats")))
+    if rates := _by_unit(record, "drop_rate"):
+        total = record.series("drop_rate_total")
+        mean = f" {np.mean(total.finite):.2%} of all choices over the run." if total else ""
+        caption = f"Choices of experts that had no room left (capacity).{mean}"
+        cards.append(Card("Drop rate", caption, lines(rates, "share", zero=True, scale="percent")))
     return cards
+
+
+def _by_unit(record: Record, key: str) -> dict[str, Series]:
+    """A key that has one value per unit, of the units for which it was measured."""
+    found = {unit: record.series(key, unit) for unit in record.units(key)}
+    return {unit: series for unit, series in found.items() if series}
 
 
 def load_stats(load: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

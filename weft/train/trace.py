@@ -17,7 +17,7 @@ from weft.data.batch import Batch, join
 from weft.models.hybrid import HybridLM, MTPDepth
 from weft.nn.block import Block
 from weft.nn.linear import RMSNorm
-from weft.nn.slots import Enter, Halo, Leave, Lookup, Product, Scan
+from weft.nn.slots import ConvScan, Enter, Leave, Lookup, Product, Scan
 from weft.parallel.comm import Comm, SingleComm
 from weft.parallel.mesh import Mesh, mesh_of
 from weft.parallel.threads import run_threads
@@ -25,7 +25,7 @@ from weft.plan.shard import share
 from weft.spec.hybrid import HybridConfig
 from weft.spec.layout import PlanConfig
 from weft.spec.param import Dim, ParamSpec, dim
-from weft.train.objective import PARTS, count, objective
+from weft.train.objective import PARTS, count, objective, to_device
 
 Name = tuple[str, str]
 """A unit (``layers.3``) and a tensor inside it (``mixer.in_proj``)."""
@@ -102,9 +102,10 @@ def run_plan(plan: PlanConfig, ranks: int, step: Step) -> Trace:
         mine = share(len(step.samples), mesh.layout.readers, mesh.reader)
         batch = join(step.samples[mine.start : mine.stop])
         before = sum(len(sample.tokens) for sample in step.samples[: mine.start])
+        run = to_device(batch, torch.device("cpu"), mesh)
         weights = _parameters(model, mesh, lambda tensor: tensor)
-        recorder = _Recorder(model, mesh, len(batch.tokens), before)
-        loss, parts, _ = objective(model, batch, totals, step.chunk)
+        recorder = _Recorder(model, mesh, len(run.tokens), before + run.segments.start)
+        loss, parts, _ = objective(model, run, totals, step.chunk, seed=step.seed)
         loss.backward()
         losses = {
             ("head", name): _piece(mesh.rank, torch.arange(1), torch.arange(1), part)
@@ -174,7 +175,7 @@ class _Recorder:
     Args:
         model: what this rank computes.
         mesh: its place.
-        tokens: length of the run of tokens that its plane reads.
+        tokens: length of the run of tokens that its plane has.
         before: tokens of the global batch that come before those.
     """
 
@@ -195,7 +196,7 @@ class _Recorder:
             case Block() | MTPDepth():
                 module.register_forward_pre_hook(lambda _, args: self._enter(path, args))
                 module.register_forward_hook(lambda _, args, y: self._leave(path, y))
-            case Product() | Lookup() | Halo() | Scan() | Enter() | Leave() | RMSNorm():
+            case Product() | Lookup() | ConvScan() | Scan() | Enter() | Leave() | RMSNorm():
                 module.register_forward_hook(lambda slot, args, y: self._slot(path, slot, args, y))
             case _:
                 pass

@@ -5,12 +5,15 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from weft.ops.attention import fast, reference
+from weft.ops.attention import fast, reference, runs
 from weft.ops.backend import pick
 from weft.ops.segments import Segments
+from weft.plan.runs import Piece
 
 BACKENDS = {"reference": reference.attend, "fast": fast.attend}
 CACHED_BACKENDS = {"reference": reference.attend_cached, "fast": fast.attend_cached}
+RUNS_BACKENDS = {"reference": runs.dense_attend, "fast": runs.attend}
+RUNS_BACKWARD_BACKENDS = {"reference": runs.dense_backward, "fast": runs.attend_backward}
 
 
 def attend(
@@ -49,3 +52,50 @@ def attend_cached(
         scale: factor on the scores.
     """
     return pick("attention", CACHED_BACKENDS)(q, k, v, keys, values, segments, past, scale)
+
+
+def attend_runs(
+    q: Float[Tensor, "queries heads head_dim"],
+    k: Float[Tensor, "keys kv_heads head_dim"],
+    v: Float[Tensor, "keys kv_heads head_dim"],
+    pieces: Sequence[Piece],
+    scale: float,
+    onto: tuple[Float[Tensor, "queries heads head_dim"], Float[Tensor, "queries heads"]] | None = None,
+) -> tuple[Float[Tensor, "queries heads head_dim"], Float[Tensor, "queries heads"]]:
+    """Attention of queries to the keys that ``pieces`` give them, and ``log(sum(exp(scores)))`` over these.
+
+    Without gradient: ``attend_runs_backward`` is it. A query without keys has output 0 and -inf.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        pieces: which keys each query sees; no pair twice.
+        scale: factor on the scores.
+        onto: outputs and sums of the same queries over other keys, to which these are joined (in place).
+
+    Returns:
+        Outputs and sums, in at least fp32.
+    """
+    return pick("attention", RUNS_BACKENDS)(q, k, v, pieces, scale, onto)
+
+
+def attend_runs_backward(
+    grad: Float[Tensor, "queries heads head_dim"],
+    out: Float[Tensor, "queries heads head_dim"],
+    lse: Float[Tensor, "queries heads"],
+    q: Float[Tensor, "queries heads head_dim"],
+    k: Float[Tensor, "keys kv_heads head_dim"],
+    v: Float[Tensor, "keys kv_heads head_dim"],
+    pieces: Sequence[Piece],
+    scale: float,
+) -> tuple[
+    Float[Tensor, "queries heads head_dim"],
+    Float[Tensor, "keys kv_heads head_dim"],
+    Float[Tensor, "keys kv_heads head_dim"],
+]:
+    """What ``pieces`` add to the gradients of q, k and v, in at least fp32.
+
+    ``out`` and ``lse`` are the final ones of the queries, over all their keys; ``grad`` is that of ``out``.
+    """
+    return pick("attention", RUNS_BACKWARD_BACKENDS)(grad, out, lse, q, k, v, pieces, scale)

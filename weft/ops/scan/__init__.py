@@ -4,11 +4,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from weft.ops.backend import pick
+from weft.ops.scan import across as _across
 from weft.ops.scan import fast, reference
 from weft.ops.segments import Segments
 
 BACKENDS = {"reference": reference.ssd, "fast": fast.ssd}
 STEP_BACKENDS = {"reference": reference.ssd_step, "fast": fast.ssd_step}
+ACROSS_BACKENDS = {"reference": _across.reference, "fast": _across.fast}
 
 
 def ssd(  # noqa: PLR0913
@@ -56,3 +58,17 @@ def ssd_step(
 ) -> Float[Tensor, "seqs heads head_dim"]:
     """``ssd`` of one token per sequence, for inference; ``state`` moves on in place."""
     return pick("scan", STEP_BACKENDS)(state, x, dt, A, B, C, D)
+
+
+def across(
+    dt: Float[Tensor, "tokens heads"],
+    A: Float[Tensor, " heads"],
+    C: Float[Tensor, "tokens groups state"],
+    state: Float[Tensor, "heads head_dim state"],
+) -> Float[Tensor, "tokens heads head_dim"]:
+    """What ``state``, before the first token, adds to each output: ``exp(sum_{s <= t} dt_s A) C_t . state``.
+
+    For the tokens of one document: ``ssd`` from an initial state is ``ssd`` from zero plus this. Everything
+    carries gradient; the result is fp32 (fp64 for fp64).
+    """
+    return pick("scan", ACROSS_BACKENDS)(dt, A, C, state)
