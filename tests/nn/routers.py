@@ -117,7 +117,7 @@ def routed(
             own.total = Summed("tokens", comm.group(range(first, first + size)))
             own.everyone = Summed("batch", comm)
         if know_parts:
-            own.parts = lambda s: _parts(s, cut)
+            own.parts = lambda total: _parts(total, cut)
         at = segments.start + (comm.rank // (len(cut.cp) * cut.tp)) * sum(lengths[0])
         places = torch.arange(at, at + segments.tokens)
         ctx = Context(segments, Replay(), rows=rows, places=places, seed=11)
@@ -168,10 +168,12 @@ def _share(
     return x[start + own.start : start + own.stop], segments, slice(own.start, own.stop)
 
 
-def _parts(segments: Segments, cut: Cut) -> tuple[range, ...]:
-    assert segments.cut
-    inside = [(r.start, share(len(r), cut.tp, row)) for r in segments.cut.ranges for row in range(cut.tp)]
-    return tuple(range(start + own.start, start + own.stop) for start, own in inside)
+def _parts(total: int, cut: Cut) -> tuple[range, ...]:
+    """Tokens of each rank of a run; of a shorter one those that it has."""
+    starts = (sum(cut.cp[:i]) for i in range(len(cut.cp)))
+    parts = zip(starts, cut.cp, strict=True)
+    inside = [(at, share(n, cut.tp, row)) for at, n in parts for row in range(cut.tp)]
+    return tuple(range(min(total, at + own.start), min(total, at + own.stop)) for at, own in inside)
 
 
 def assert_same(a: Result, b: Result, tolerance: float = 1e-12) -> None:

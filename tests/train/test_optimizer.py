@@ -115,11 +115,17 @@ def test_equal_counts_and_rate_zero_move_nothing() -> None:
     assert moved(SingleComm(), 0.0, COUNTS) == (TOTALS, {name: [0, 0, 0, 0] for name in TOTALS})
 
 
-def test_an_even_load_of_large_counts_moves_nothing() -> None:
-    """2^25 + 1 is no fp32 number, and the mean of such counts would not be what they are."""
+def test_the_bias_compares_whole_counts() -> None:
+    """2^25 + 1 is no fp32 number: an even load of that size moves nothing, and a mean need not be whole."""
     model = make("fp32", n_routed_experts=4, num_experts_per_tok=2)
     bias = model.get_submodule("layers.1").mixer.router.bias
-    for counts, steps in (([2**25 + 1] * 4, [0, 0, 0, 0]), ([2**25 + 1] * 3 + [2**25 - 3], [-1, -1, -1, 1])):
+    big = 2**25 + 1
+    cases = [
+        ([big] * 4, [0, 0, 0, 0]),
+        ([big, big, big, big - 4], [-1, -1, -1, 1]),
+        ([3, 2, 2, 2], [-1, 1, 1, 1]),
+    ]
+    for counts, steps in cases:
         bias.zero_()
         load = RouterLoad(model)
         load.add("layers.1", torch.tensor(counts))

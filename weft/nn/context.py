@@ -69,6 +69,8 @@ class Context:
         places: number of each token here in the whole training run, the same under every layout (its sample
             times 2^32, plus its position): what randomness may depend on. None while generating.
         seed: of the run.
+        full: tokens of each sample of the largest microbatch of any rank, where that is known: shapes that
+            are to be static depend on nothing else.
         tally: how often each expert was chosen in the earlier forward passes of this step, by layer, summed
             over ranks.
     """
@@ -80,4 +82,5 @@ class Context:
     rows: slice = field(default_factory=lambda: slice(None))
     places: Int[Tensor, " tokens"] | None = None
     seed: int = 0
+    full: tuple[int, ...] = ()
     tally: dict[str, Int[Tensor, " experts"]] = field(default_factory=dict)

@@ -27,7 +27,6 @@ from weft.ops.router import (
     z_loss,
 )
 from weft.ops.router.capacity import Groups, capacity, group, importance, pack, unpack
-from weft.ops.segments import Segments
 from weft.spec.layers import RouterConfig
 
 
@@ -55,8 +54,8 @@ class Router(Linear):
     Attributes:
         block: of so many tokens here, those that are read, and which features of them; set by a layout that
             cuts features.
-        parts: tokens of the whole run that each rank routes, set by a layout: what is dropped is decided
-            together only for groups of tokens that lie on several ranks.
+        parts: of so many tokens of a whole run, those that each rank routes; set by a layout. What is dropped
+            is decided together only for groups of tokens that lie on several ranks.
     """
 
     bias: Tensor
@@ -66,7 +65,8 @@ class Router(Linear):
         self.config = config
         self.total, self.everyone = Total("tokens"), Total("batch")
         self.block: Callable[[int], tuple[slice, range]] | None = None
-        self.parts: Callable[[Segments], tuple[range, ...]] | None = None
+        self.parts: Callable[[int], tuple[range, ...]] | None = None
+        self._bounds: dict[tuple[int, ...], int] = {}
 
     def choose(self, x: Float[Tensor, "tokens embed"], ctx: Context, key: str) -> Choice:
         """Which experts the tokens of these rows go to.
@@ -189,9 +189,8 @@ class Router(Linear):
 
     def _groups(self, ctx: Context) -> Groups:
         whole = ctx.segments.whole
-        parts = self.parts(ctx.segments) if self.parts else None
-        if self.total.alone:
-            parts = (range(whole.tokens),)
+        parts = self.parts(whole.tokens) if self.parts else None
+        parts = () if self.total.alone else parts
         return group(whole.windows or whole.lengths, self.config.capacity_tokens, _own(ctx), parts)
 
     def _capacity(self, tokens: int) -> int:
@@ -199,10 +198,22 @@ class Router(Linear):
         return capacity(tokens, c.capacity_factor, c.top_k, c.experts)
 
     def _bound(self, ctx: Context) -> int:
-        """Rows that an expert can get from here."""
-        groups = self._groups(ctx)
-        pairs = zip(groups.lengths, groups.here, strict=True)
-        return sum(min(self._capacity(length), here) for length, here in pairs)
+        """Rows that an expert can get from one rank: one number for all ranks and forward passes."""
+        whole = ctx.segments.whole
+        full = ctx.full or whole.windows or whole.lengths
+        if full not in self._bounds:
+            counts = range(1, len(full) + 1)  # of samples: readers' shares differ
+            self._bounds[full] = max((self._rows(full[:count]) for count in counts), default=1)
+        return self._bounds[full]
+
+    def _rows(self, windows: tuple[int, ...]) -> int:
+        """The same for these samples."""
+        tokens, most = sum(windows), 0
+        for own in self.parts(tokens) if self.parts else (range(tokens),):
+            groups = group(windows, self.config.capacity_tokens, own)
+            pairs = zip(groups.lengths, groups.here, strict=True)
+            most = max(most, sum(min(self._capacity(length), here) for length, here in pairs))
+        return most
 
     def _stats(
         self,

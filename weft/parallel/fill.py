@@ -230,13 +230,13 @@ class _Filler:
     def router(self, router: Router) -> None:
         """Tell a router which tokens and features are where."""
         plane, place = self.plane, self.mesh.place
-        width = Part("embed", router.config.embed)
+        width = Part("embed", router.config.embed * plane.tp_embed)
 
         def block(tokens: int) -> tuple[slice, range]:
             rows = plane.residual_rows(tokens, place)
             return slice(rows.start, rows.stop), plane.items(width, place)
 
-        router.block, router.parts = block, lambda segments: self.mesh.routed(segments.whole.tokens)
+        router.block, router.parts = block, self.mesh.routed
 
 
 def fill(model: nn.Module, specs: Iterable[ParamSpec], mesh: Mesh) -> None:

@@ -6,11 +6,12 @@ from typing import Any
 
 from weft.config.base import Config
 from weft.config.errors import ConfigError, Problem
+from weft.plan.context import attend_refusal, scan_refusal
 from weft.plan.layout import Plan, divisors, of_experts, plan_of
-from weft.plan.shard import SHARED, Plane, held
+from weft.plan.shard import SHARED, Plane, held, localize
 from weft.plan.units import same_stages, units
 from weft.spec.hybrid import HybridConfig
-from weft.spec.layers import MixerConfig, NormConfig
+from weft.spec.layers import AttentionConfig, MambaConfig, MixerConfig, NormConfig
 from weft.spec.layout import PlanConfig
 from weft.spec.param import Part
 from weft.spec.run import RunConfig
@@ -66,6 +67,7 @@ def check(model: HybridConfig, config: PlanConfig, world: int, batch: int = 0) -
     found = [*_maps(plan, config), *_counts(model, plan.decoder.plane)]
     if not found:
         found = [*_norms(model, plan.decoder.plane), *_overlaps(model, plan.decoder.plane)]
+        found += _sharing(model, plan)
     found = [problem.under("decoder") for problem in (*found, *_grid(model, plan, batch))]
     found += [problem.under("experts") for problem in _experts(model, plan)]
     return [problem.under("plan") for problem in found]
@@ -200,6 +202,23 @@ def _grid(model: HybridConfig, plan: Plan, batch: int) -> Iterator[Problem]:
         )
 
 
+def _sharing(model: HybridConfig, plan: Plan) -> Iterator[Problem]:
+    """Forms of attention and scans that the heads of a rank do not allow."""
+    plane, cp = plan.decoder.plane, plan.decoder.grid.size("cp")
+    for mixer in dict.fromkeys(_mixers(model)):
+        own = localize(mixer, plane, 0)
+        match own:
+            case AttentionConfig():
+                reason = attend_refusal(plan.decoder.attend, own.heads, own.kv_heads, cp)
+            case MambaConfig():
+                reason = scan_refusal(plan.decoder.scan, own.heads, own.groups, cp)
+            case _:
+                continue
+        name, _, message = reason.partition(": ")
+        if reason:
+            yield Problem(name, message)
+
+
 def _experts(model: HybridConfig, plan: Plan) -> Iterator[Problem]:
     mixtures = any(of_experts(spec) for unit in units(model) for spec in unit.specs)
     limits = (("ep", "n_routed_experts"), ("etp", "moe_intermediate_size"))
@@ -210,6 +229,12 @@ def _experts(model: HybridConfig, plan: Plan) -> Iterator[Problem]:
         elif count % parts:
             message = f"{parts} ranks do not divide {count} (model.{setting})"
             yield Problem(axis, f"{message}; {axis} can be {_listed(divisors(count))}")
+    ranks, node = plan.experts.places, plan.experts.node
+    if plan.experts.transport == "per_node" and (
+        ranks <= node or ranks % node or node % plan.experts.grid.size("etp")
+    ):
+        message = f"per_node needs ep x etp = {ranks} ranks on several whole nodes of {node}"
+        yield Problem("transport", f"{message} (plan.experts.node); choose per_rank, or set node")
 
 
 def _tokens(run: RunConfig, plan: Plan) -> Iterator[Problem]:

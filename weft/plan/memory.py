@@ -115,6 +115,7 @@ class _Tokens:
         plain: of this rank where features are whole.
         item: bytes of an activation.
         exact: bytes of router scores and scan states.
+        etp: ranks that have parts of each expert and see the same tokens.
     """
 
     all: int
@@ -122,6 +123,7 @@ class _Tokens:
     plain: int
     item: int
     exact: int
+    etp: int
 
 
 def _activations(run: RunConfig, plan: Plan, rank: int) -> int:
@@ -139,6 +141,7 @@ def _activations(run: RunConfig, plan: Plan, rank: int) -> int:
         len(plane.rows(count, 0)),
         _ITEMSIZE[policy.params],
         _ITEMSIZE[policy.master],
+        plan.experts.grid.size("etp"),
     )
     width = -(-model.hidden_size // plane.tp_embed) * tokens.item
     kept, largest_layer = 0, 0
@@ -165,8 +168,8 @@ def _kept(mixer: MixerConfig, tokens: _Tokens, plane: int) -> int:
     Per token: attention keeps q, k, v and its result; Mamba-2 the fused projection, the convolution, the
     scan's result and the normed result, and a state per chunk; an MLP its inner activation (its square too
     where the vocabulary of collectives splits it from its second product); a mixture its scores twice, the
-    latent copies, and for each chosen expert what goes in, the inner activation and what comes out. A layer
-    that is not known keeps what goes in and out of each of its products.
+    latent copies, and for each chosen expert what goes in and the inner activation (its weight is applied
+    before the second product). A layer that is not known keeps what goes in and out of each of its products.
     """
     every, own, item = tokens.all, tokens.plain, tokens.item
     match mixer:
@@ -179,7 +182,7 @@ def _kept(mixer: MixerConfig, tokens: _Tokens, plane: int) -> int:
         case MLPConfig():
             return every * item * mixer.mlp * (1 if plane == 1 else 2)
         case MoEConfig():
-            chosen = mixer.router.top_k * (2 * mixer.width + mixer.mlp)
+            chosen = mixer.router.top_k * (tokens.etp * mixer.width + mixer.mlp)
             routed = own * item * (chosen + 2 * mixer.latent)
             shared = _kept(mixer.shared, tokens, plane) if mixer.shared_mlp else 0
             return own * tokens.exact * 2 * mixer.experts + routed + shared

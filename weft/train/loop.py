@@ -78,6 +78,13 @@ class Trainer:
         return [self.loader.microbatch(samples + cut.start + own.start, len(own)) for cut, own in mine]
 
     @property
+    def _full(self) -> tuple[int, ...]:
+        """Tokens of each sample of the largest microbatch."""
+        train = self.config.train
+        share = -(-train.global_batch_size // self.mesh.layout.readers)
+        return (self.config.data.seq_length,) * min(train.micro_batch_size, share)
+
+    @property
     def flops_per_token(self) -> float:
         """Arithmetic of a token, mean over the steps so far; of whole windows before the first one."""
         context = self._keys / self._read if self._read else mean_context((self.config.data.seq_length,))
@@ -127,7 +134,7 @@ class Trainer:
         routing = torch.zeros((), dtype=torch.int64, device=device)
         for batch in batches:
             run = to_device(batch, device, self.mesh)
-            known = {"seed": self.config.run.seed, "tally": tally}
+            known = {"seed": self.config.run.seed, "tally": tally, "full": self._full}
             loss, own, losses = objective(self.model, run, totals, self.config.train.loss_chunk, **known)
             loss.backward()
             self.store.end_microbatch()
@@ -165,8 +172,11 @@ class Trainer:
     def _refuse_nan(self, row: dict[str, Any], batches: Sequence[Batch], local: Tensor) -> None:
         """Stop every rank; name the ranks whose own ``local`` PARTS are not finite, or all if none is so."""
         wrong = [name for name in (*PARTS, "grad_norm") if not math.isfinite(row[name])]
-        if wrong:
+        routers = [unit for unit, nats in row.get("router_entropy", {}).items() if not math.isfinite(nats)]
+        if wrong or routers:
             found = ", ".join(f"{name} = {row[name]}" for name in wrong)
+            if routers:  # units are in the order of the forward pass
+                found += f"{', ' * bool(wrong)}router logits of {routers[0]} are not finite"
             culprits = who_read(batches, self.comm, not local.isfinite().all().item())
             message = (
                 f"step {row['step']}: {found} ({culprits}). Nothing was updated; the last checkpoint is "
