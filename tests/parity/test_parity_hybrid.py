@@ -91,7 +91,7 @@ def compare_pair(both: Pair) -> Texts:
     worst = (ours - theirs).abs().max() / theirs.std()
     assert worst <= 1e-4, worst
     future = torch.cat([torch.cat([row[1:], torch.tensor([-1])]) for row in rows])[None]
-    losses = both.ours.losses(packed, future, future >= 0, segments, [1.0])
+    losses = both.ours.losses(packed, future, future >= 0, both.ours.context(segments), [1.0])
     losses.lm.backward()
     torch.testing.assert_close(losses.lm, loss, rtol=1e-5, atol=0)
     return packed, future, segments

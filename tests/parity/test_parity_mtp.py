@@ -61,7 +61,9 @@ def test_mtp(name: str, pair: Make) -> None:
         assert theirs.std() >= 0.5
         assert (mine - theirs).abs().max() / theirs.std() <= 1e-4
 
-    losses = both.ours.losses(packed, future, future >= 0, segments, [1.0, *[scale] * depths])
+    losses = both.ours.losses(
+        packed, future, future >= 0, both.ours.context(segments), [1.0, *[scale] * depths]
+    )
     total = losses.lm + sum(losses.mtp)
     total.backward()
     torch.testing.assert_close(total, loss, rtol=1e-5, atol=0)

@@ -110,6 +110,21 @@ def said(world: int, model: HybridConfig = MODEL, batch: int = 0, **decoder: Any
             {"experts": {"etp": 5}},
             "plan.experts.etp: 5 ranks do not divide 12 (model.moe_intermediate_size)",
         ),
+        (
+            10,
+            {"cp": 5, "attend": "all_to_all"},
+            "plan.decoder.attend: all_to_all gives each of 5 cp ranks as many heads, but there are 12; choose",
+        ),
+        (
+            8,
+            {"cp": 4, "tp": 2, "scan": "all_to_all"},
+            "plan.decoder.scan: all_to_all gives each of 4 cp ranks as many heads, but there are 6; choose",
+        ),
+        (
+            4,
+            {"experts": {"ep": 4, "transport": "per_node"}},
+            "plan.experts.transport: per_node needs ep x etp = 4 ranks on several whole nodes of 8",
+        ),
     ],
 )
 def test_problems(world: int, decoder: dict[str, Any], message: str) -> None:

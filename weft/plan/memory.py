@@ -17,10 +17,8 @@ from weft.spec.count import StateBytes, state_of
 from weft.spec.hybrid import HybridConfig
 from weft.spec.layers import AttentionConfig, MambaConfig, MixerConfig, MLPConfig, MoEConfig
 from weft.spec.param import ParamSpec, size
-from weft.spec.precision import PRECISIONS
+from weft.spec.precision import ITEMSIZE, PRECISIONS
 from weft.spec.run import RunConfig
-
-_ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -139,8 +137,8 @@ def _activations(run: RunConfig, plan: Plan, rank: int) -> int:
         count,
         len(plane.residual_rows(count, 0)),
         len(plane.rows(count, 0)),
-        _ITEMSIZE[policy.params],
-        _ITEMSIZE[policy.master],
+        ITEMSIZE[policy.params],
+        ITEMSIZE[policy.master],
         plan.experts.grid.size("etp"),
     )
     width = -(-model.hidden_size // plane.tp_embed) * tokens.item

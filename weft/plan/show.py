@@ -1,8 +1,10 @@
 """A plan as people read it: who holds what, as tables, as a grid of ranks in text, and as SVG."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from weft.plan.dispatch import Link
+from weft.plan.exchanges import exchanges
 from weft.plan.grid import Grid
 from weft.plan.layout import Plan, of_experts
 from weft.plan.memory import Memory, largest
@@ -38,7 +40,25 @@ def show(run: RunConfig, plan: Plan) -> list[Table]:
     head = ("unit", "parameter", "shape", "cut", "here", "copies")
     held_rows = tuple(row for unit in units(run.model) for row in _unit_rows(plan, unit))
     title = "parameters" if plan.world == 1 else "parameters, as the first rank of their stage holds them"
-    return [*tables, Table(title, head, held_rows), memory_table(*largest(run, plan), plan.world)]
+    tables.append(Table(title, head, held_rows))
+    rows = tuple(_exchange_row(*exchange) for exchange in exchanges(run, plan))
+    if rows:
+        head = ("layer", "setting", "form", "received", "other forms")
+        title = "exchanges of a layer, by a rank for one microbatch, forward and backward (a mean)"
+        tables.append(Table(title, head, rows))
+    return [*tables, memory_table(*largest(run, plan), plan.world)]
+
+
+def _exchange_row(
+    layer: str, setting: str, form: str, received: Mapping[str, Link], refused: Mapping[str, str]
+) -> Row:
+    def words(link: Link) -> str:
+        between = f" ({bytes_words(round(link.between))} between nodes)" if link.between else ""
+        return bytes_words(round(sum(link))) + between
+
+    others = [f"{name} {words(link)}" for name, link in received.items() if name != form]
+    others += [f"{name}: not possible" for name in refused if name != form]
+    return layer, setting, form, words(received[form]), ", ".join(others)
 
 
 def summary(run: RunConfig, plan: Plan) -> Table:

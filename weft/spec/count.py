@@ -5,9 +5,7 @@ from dataclasses import dataclass
 
 from weft.spec.hybrid import BlockConfig, HybridConfig
 from weft.spec.param import ParamSpec
-from weft.spec.precision import PRECISIONS, Dtype
-
-_BYTES: dict[Dtype, int] = {"float64": 8, "float32": 4, "bfloat16": 2}
+from weft.spec.precision import ITEMSIZE, PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ class StateBytes:
 def state_of(spec: ParamSpec, precision: str) -> StateBytes:
     """What training keeps for each element of ``spec`` under a policy, named as in ``PRECISIONS``."""
     policy = PRECISIONS[precision]
-    weight, master = _BYTES[policy.of(spec.fp32)], _BYTES[policy.master]
+    weight, master = ITEMSIZE[policy.of(spec.fp32)], ITEMSIZE[policy.master]
     if spec.buffer:
         return StateBytes(weight, 0, 0, 0)
     return StateBytes(weight, master, master if policy.of(spec.fp32) != policy.master else 0, 2 * master)

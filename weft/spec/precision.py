@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Dtype = Literal["float64", "float32", "bfloat16"]
+ITEMSIZE: dict[Dtype, int] = {"float64": 8, "float32": 4, "bfloat16": 2}  # bytes
 
 
 @dataclass(frozen=True)

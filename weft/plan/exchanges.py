@@ -1,0 +1,66 @@
+"""What ranks exchange inside the layers of a plan, in each form that is possible, and which one is taken."""
+
+from collections.abc import Iterator, Mapping
+
+from weft.plan.context import AttendShape, Choice, ScanShape, choose_attend, choose_scan
+from weft.plan.dispatch import TRANSPORTS, Dispatch, Link, choose, traffic
+from weft.plan.layout import Plan
+from weft.plan.shard import localize
+from weft.plan.units import units
+from weft.spec.layers import AttentionConfig, MambaConfig, MoEConfig
+from weft.spec.precision import ITEMSIZE, PRECISIONS
+from weft.spec.run import RunConfig
+
+Exchange = tuple[str, str, str, Mapping[str, Link], Mapping[str, str]]
+"""Layers, setting, form, mean bytes that a rank receives in a layer in each form, reasons against others.
+
+Nodes are told apart for experts only (``experts.node``).
+"""
+
+
+def exchanges(run: RunConfig, plan: Plan) -> Iterator[Exchange]:
+    """Exchanges of one microbatch of whole samples, forward and backward, hidden states and all else.
+
+    Attention and scans where ranks share tokens; experts where ranks share them, under balanced routing.
+    """
+    policy, shared = PRECISIONS[run.train.precision], plan.decoder.grid.size("cp")
+    item = ITEMSIZE[policy.params]
+    samples = min(run.train.micro_batch_size, -(-run.train.global_batch_size // plan.decoder.readers))
+    lengths = (run.data.seq_length,) * samples
+    counts = plan.decoder.tokens(sum(lengths))
+    for unit in units(run.model):
+        if unit.block is None:
+            continue
+        name = unit.kind + (f" x {len(unit.names)}" if len(unit.names) > 1 else "")
+        mixer = localize(unit.block.mixer, plan.decoder.plane, 0)
+        match mixer:
+            case AttentionConfig() if shared > 1:
+                heads = mixer.heads, mixer.kv_heads, mixer.head_dim
+                found = choose_attend(AttendShape(lengths, counts, *heads, item))
+                yield _shared(name, "decoder.attend", plan.decoder.attend, found, shared)
+            case MambaConfig() if shared > 1:
+                sizes = mixer.heads, mixer.head_dim, mixer.groups, mixer.state, mixer.conv
+                shape = ScanShape(lengths, counts, *sizes, item, ITEMSIZE[policy.master])
+                yield _shared(name, "decoder.scan", plan.decoder.scan, choose_scan(shape), shared)
+            case MoEConfig() if plan.experts.places > 1 and isinstance(whole := unit.block.mixer, MoEConfig):
+                own = len(plan.decoder.plane.rows(counts[0], 0))
+                yield _experts(name, whole, plan, own, item)
+            case _:
+                pass
+
+
+def _shared(name: str, setting: str, form: str, found: Choice, ranks: int) -> Exchange:
+    each = {other: Link(total / ranks, 0) for other, total in found.bytes.items()}
+    return name, setting, found.form if form == "auto" else form, each, found.refused
+
+
+def _experts(name: str, mixer: MoEConfig, plan: Plan, tokens: int, item: int) -> Exchange:
+    grid, router, width = plan.experts.grid, mixer.router, mixer.width
+    groups = router.expert_groups, router.top_groups
+    sizes = grid.size("ep"), grid.size("etp"), plan.experts.node, item
+    shape = Dispatch(tokens, width, router.top_k, mixer.experts, *sizes, *groups)
+    form = plan.experts.transport
+    if form == "auto":
+        form = "all_to_all" if router.pad_to_capacity else choose(shape)
+    each = {other: traffic(other, shape).step for other in TRANSPORTS}
+    return name, "experts.transport", form, each, {}
