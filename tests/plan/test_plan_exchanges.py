@@ -16,7 +16,9 @@ from weft.spec.run import RunConfig
 
 def run_of(model: dict[str, object] | None = None, **plan: object) -> RunConfig:
     config = replace(CONFIG, pattern="MM*E-", mtp_num_depths=0, **(model or {}))
-    return replace(stdlib_lm(), model=config, plan=from_dict(PlanConfig, plan))
+    base = stdlib_lm()
+    train = replace(base.train, micro_batch_size=1)  # of two samples each of two ranks would have one
+    return replace(base, model=config, train=train, plan=from_dict(PlanConfig, plan))
 
 
 @pytest.mark.parametrize(
