@@ -64,11 +64,8 @@ def run(
     exchange: Exchange, leaves: dict[str, Tensor], chosen: Tensor, experts: int, bound: int | None = None
 ):
     """The routed experts, and the counts of their rows."""
-    announced = exchange.announce(chosen, experts, bound)
-    ticket = exchange.dispatch(leaves["x"], leaves["weights"], announced)()
-    counts = ticket.announced.counts
-    y = expert_mlp(ticket.rows, leaves["up"], leaves["down"], counts, ticket.weights)
-    return exchange.combine(y, ticket)(), counts
+    rows, weights, counts, home = exchange.announce(chosen, experts, bound)(leaves["x"], leaves["weights"])()
+    return home(expert_mlp(rows, leaves["up"], leaves["down"], counts, weights))(), counts
 
 
 def alone(case: Case) -> dict[str, Tensor]:
@@ -155,14 +152,14 @@ def test_under_way_before_it_is_awaited(transport):
         leaves = case.leaves(comm.rank, part, slice(None))
         exchange = ShardedExchange(expert_comms(comm, 1, 2), case.experts, transport)
         with record(comm) as ledger:
-            announced = exchange.announce(case.chosen[here], case.experts)
+            send = exchange.announce(case.chosen[here], case.experts)
             assert len(ledger.entries) == 1
-            arrive = exchange.dispatch(leaves["x"], leaves["weights"], announced)
+            arrive = send(leaves["x"], leaves["weights"])
             assert [entry.metadata for entry in ledger.entries] == [True, True, False]
-            ticket = arrive()
-            rows = ticket.rows, leaves["up"], leaves["down"], ticket.announced.counts, ticket.weights
+            arrived = arrive()
+            rows = arrived.rows, leaves["up"], leaves["down"], arrived.counts, arrived.weights
             before = len(ledger.entries)
-            arrive = exchange.combine(expert_mlp(*rows), ticket)
+            arrive = arrived.home(expert_mlp(*rows))
             assert len(ledger.entries) == before + 1
         return arrive()
 
@@ -231,11 +228,11 @@ def test_static_shapes_ask_nothing_of_the_device(etp, blocks):
     exchange = ShardedExchange(expert_comms(comm, etp, 8), 8, "all_to_all")
     like = {"device": "meta", "requires_grad": True}
     x, weights = torch.empty(6, WIDTH, **like), torch.empty(6, TOP_K, **like)
-    announced = exchange.announce(torch.empty(6, TOP_K, dtype=torch.int64, device="meta"), 8, bound)
-    ticket = exchange.dispatch(x, weights, announced)()
-    assert ticket.announced.counts == [blocks * bound] * 2
-    assert ticket.rows.shape == (2 * blocks * bound, WIDTH)
-    y = exchange.combine(ticket.rows * ticket.weights.unsqueeze(1), ticket)()
+    chosen = torch.empty(6, TOP_K, dtype=torch.int64, device="meta")
+    arrived = exchange.announce(chosen, 8, bound)(x, weights)()
+    assert arrived.counts == [blocks * bound] * 2
+    assert arrived.rows.shape == (2 * blocks * bound, WIDTH)
+    y = arrived.home(arrived.rows * arrived.weights.unsqueeze(1))()
     y.sum().backward()
     assert (y.shape, x.grad.shape, weights.grad.shape) == ((6, WIDTH), (6, WIDTH), (6, TOP_K))
 

@@ -113,12 +113,12 @@ def said(world: int, model: HybridConfig = MODEL, batch: int = 0, **decoder: Any
         (
             10,
             {"cp": 5, "attend": "all_to_all"},
-            "plan.decoder.attend: all_to_all gives each of 5 cp ranks as many heads, but there are 12; choose",
+            "plan.decoder.attend: all_to_all gives each of 5 cp ranks as many heads, but there are 12",
         ),
         (
             8,
             {"cp": 4, "tp": 2, "scan": "all_to_all"},
-            "plan.decoder.scan: all_to_all gives each of 4 cp ranks as many heads, but there are 6; choose",
+            "plan.decoder.scan: all_to_all gives each of 4 cp ranks as many heads, but there are 6",
         ),
         (
             4,

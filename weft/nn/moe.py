@@ -33,16 +33,14 @@ class MoE(Layer):
     ) -> tuple[Float[Tensor, "tokens embed"], RouterStats | None]:
         """The mixer's output, before the residual sum, and the router's statistics."""
         weights, experts, stats, bound = self.router.choose(x, ctx, key)
-        announced = self.exchange.announce(experts, self.config.experts, bound)
+        send = self.exchange.announce(experts, self.config.experts, bound)
         z = self.latent_down(x, ctx) if self.latent_down else self.enter(x, ctx.segments.tokens)
-        arrive = self.exchange.dispatch(z, weights.to(z.dtype), announced)
+        arrive = send(z, weights.to(z.dtype))
         inner = self._shared_up(x, ctx)
-        ticket = arrive()
-        up, down = self.experts.up_proj, self.experts.down_proj
-        rows = expert_mlp(ticket.rows, up, down, ticket.announced.counts, ticket.weights)
-        arrive = self.exchange.combine(rows, ticket)
+        rows, own, counts, home = arrive()
+        arrive_home = home(expert_mlp(rows, self.experts.up_proj, self.experts.down_proj, counts, own))
         shared = self._shared_down(inner, ctx)
-        y = arrive()
+        y = arrive_home()
         y = self.latent_up(y, ctx) if self.latent_up else self.leave(y, ctx.segments.tokens)
         return y if shared is None else y + shared, stats
 

@@ -16,7 +16,7 @@ from weft.nn.state import KVState, MambaState
 from weft.ops.attention import attend, attend_cached
 from weft.ops.conv import causal_conv, conv_step
 from weft.ops.cross_entropy import linear_cross_entropy
-from weft.ops.dispatch import collect, sort, spread
+from weft.ops.dispatch import Sorted, collect, sort, spread
 from weft.ops.linear import linear
 from weft.ops.scan import ssd, ssd_step
 from weft.ops.segments import Segments
@@ -197,41 +197,47 @@ class ConvScan(nn.Module):
         return self.scan.convolved(xBC, conv, dt, A, D, sizes, segments, state)
 
 
-class Announced(NamedTuple):
-    """Where (token, slot) pairs go among the experts here.
+class Arrived(NamedTuple):
+    """Rows for the experts here, those of expert 0 first.
 
     Attributes:
-        order: the pair of each row, in expert order; -1 is padding.
-        back: the row of each pair; -1 goes nowhere.
+        rows: what the experts read.
+        weights: routing weight of each row.
         counts: rows of each expert.
-        full: whether every pair has a row and every row a pair.
+        home: sends what became of the rows back; call what it gives to have their sum for each token.
     """
-
-    order: Int[Tensor, " rows"]
-    back: Int[Tensor, "tokens slots"]
-    counts: list[int]
-    full: bool
-
-
-class Dispatched(NamedTuple):
-    """Rows for the local experts, sorted by expert, and the way back."""
 
     rows: Float[Tensor, "rows width"]
     weights: Float[Tensor, " rows"]
-    announced: Announced
+    counts: list[int]
+    home: Callable[[Tensor], Callable[[], Tensor]]
+
+
+Send = Callable[[Tensor, Tensor], Callable[[], Arrived]]
+"""Tokens and their weights, on their way to experts; call what it gives when the rows are needed."""
+
+
+def arrange(
+    x: Float[Tensor, "tokens width"], weights: Float[Tensor, "tokens slots"], order: Sorted
+) -> Arrived:
+    """Rows of tokens that are here, in the order of the experts here."""
+    rows, back, counts, full = order
+    own = spread(weights.reshape(-1, 1), rows, back.view(-1, 1), full).squeeze(1)
+    return Arrived(spread(x, rows, back, full), own, counts, lambda y: lambda: collect(y, rows, back, full))
 
 
 class Exchange(nn.Module):
-    """Tokens to experts (``announce``, ``dispatch``) and back (``combine``), combined in slot order.
+    """Tokens to experts (dispatch) and back (combine), summed in slot order.
 
-    What is under way is called when it is needed, so that a layout can exchange under other work.
+    What is under way is called when it is needed, so that a layout can exchange under other work: first
+    ``announce``, then the tokens, then the rows of the experts, at last their results.
     """
 
     alone = True
 
     def announce(
         self, experts: Int[Tensor, "tokens slots"], num_experts: int, bound: int | None = None
-    ) -> Announced:
+    ) -> Send:
         """Say which experts each token goes to.
 
         Args:
@@ -239,26 +245,13 @@ class Exchange(nn.Module):
             num_experts: routed experts.
             bound: rows of every expert, some of them padding: static shapes; None is as many as come.
         """
-        return Announced(*sort(experts, num_experts, bound))
+        order = sort(experts, num_experts, bound)
 
-    def dispatch(
-        self,
-        x: Float[Tensor, "tokens width"],
-        weights: Float[Tensor, "tokens slots"],
-        announced: Announced,
-    ) -> Callable[[], Dispatched]:
-        """All experts are here."""
-        order, back, _, full = announced
-        rows = spread(x, order, back, full)
-        own = spread(weights.reshape(-1, 1), order, back.view(-1, 1), full).squeeze(1)
-        return lambda: Dispatched(rows, own, announced)
+        def send(x: Tensor, weights: Tensor) -> Callable[[], Arrived]:
+            arrived = arrange(x, weights, order)
+            return lambda: arrived
 
-    def combine(
-        self, y: Float[Tensor, "rows width"], ticket: Dispatched
-    ) -> Callable[[], Float[Tensor, "tokens width"]]:
-        """Sum the rows of each token in slot order (the routing weights are applied already)."""
-        order, back, _, full = ticket.announced
-        return lambda: collect(y, order, back, full)
+        return send
 
 
 class Loss(nn.Module):

@@ -17,14 +17,14 @@ Tokens travel in one buffer with their routing weights; counts and expert number
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from weft.nn.slots import Announced, Dispatched, Exchange
-from weft.ops.dispatch import collect, inverse, ranked, sort, spread
+from weft.nn.slots import Arrived, Exchange, Send, arrange
+from weft.ops.dispatch import Sorted, collect, inverse, ranked, sort, spread
 from weft.parallel import moves
 from weft.parallel.comm import Comm
 from weft.plan.dispatch import Transport, groups
@@ -170,20 +170,6 @@ class _Hop:
         return _Route(self.comm, order, back, full, (counts, counts), self.to == "slots"), lambda: placeholder
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What ``announce`` has begun: the first route, and rows of one expert and rank at most."""
-
-    first: Callable[[], Told]
-    bound: int | None
-
-
-class _Here(Announced):
-    """Where rows that came go among the experts here, and the routes on which they came."""
-
-    routes: tuple[_Route, ...] = ()
-
-
 class ShardedExchange(Exchange):
     """Experts over ``comms.ep``, their inner width over ``comms.etp`` (outputs are partial sums over it).
 
@@ -222,58 +208,50 @@ class ShardedExchange(Exchange):
 
     def announce(
         self, experts: Int[Tensor, "tokens slots"], num_experts: int, bound: int | None = None
-    ) -> Any:
+    ) -> Send:
         """Begin to say which experts each token goes to; see ``Exchange.announce``."""
-        return _Asked(self._hops[0].announce(experts, bound if self._static else None), bound)
+        first = self._hops[0].announce(experts, bound if self._static else None)
 
-    def dispatch(
-        self, x: Float[Tensor, "tokens width"], weights: Float[Tensor, "tokens slots"], announced: Any
-    ) -> Callable[[], Dispatched]:
-        """The first hop, under way; ``x`` and ``weights`` are of one dtype."""
-        route, known = announced.first()
-        rows = route.there(x, weights)
-        return lambda: self._arrive(route, known, rows, announced.bound)
+        def send(x: Tensor, weights: Tensor) -> Callable[[], Arrived]:
+            """The first hop, under way; both are of one dtype."""
+            route, known = first()
+            rows = route.there(x, weights)
+            return lambda: self._arrive(route, known, rows, bound)
+
+        return send
 
     def _arrive(
         self, route: _Route, known: Callable[[], Tensor], rows: Callable[[], Rows], bound: int | None
-    ) -> Dispatched:
+    ) -> Arrived:
         routes = [route]
         for hop in self._hops[1:]:
             route, onward = hop.announce(known(), bound if self._static else None)()
             known, rows = onward, route.there(*rows())
             routes.append(route)
         here = self._here(known(), bound)
-        here.routes = tuple(routes)
-        order, back, _, full = here
-        x, weights = rows()
-        own = spread(weights.reshape(-1, 1), order, back.view(-1, 1), full).squeeze(1)
-        return Dispatched(spread(x, order, back, full), own, here)
+        arrived = arrange(*rows(), here)
 
-    def _here(self, experts: Tensor, bound: int | None) -> _Here:
+        def home(y: Tensor) -> Callable[[], Tensor]:
+            """Rows return as they came, and what belongs together is summed."""
+            arrive = routes[-1].home(arrived.home(y)())
+
+            def all_home() -> Tensor:
+                home = arrive
+                for route in reversed(routes[:-1]):
+                    home = route.home(home())
+                return home()
+
+            return all_home
+
+        return arrived._replace(home=home)
+
+    def _here(self, experts: Tensor, bound: int | None) -> Sorted:
         """Rows that came, in the order of the experts here."""
         if bound is None or not self._static:
             local = experts - self._first
             local = local.masked_fill((local < 0) | (local >= self._per), -1)
-            return _Here(*sort(local, self._per, None if bound is None else bound * self._ranks))
+            return sort(local, self._per, None if bound is None else bound * self._ranks)
         rows = torch.arange(len(experts), device=experts.device)
         order = rows.view(self._ranks, self._per, bound).transpose(0, 1).flatten()
         back = rows.view(self._per, self._ranks, bound).transpose(0, 1).reshape(-1, 1)
-        return _Here(order, back, [self._ranks * bound] * self._per, True)
-
-    def combine(
-        self, y: Float[Tensor, "rows width"], ticket: Dispatched
-    ) -> Callable[[], Float[Tensor, "tokens width"]]:
-        """The way back, under way: rows return as they came, and what belongs together is summed."""
-        here = ticket.announced
-        assert isinstance(here, _Here)  # noqa: S101 - a ticket of ``dispatch``
-        order, back, _, full = here
-        *earlier, last = here.routes
-        arrive = last.home(collect(y, order, back, full))
-
-        def arrived() -> Tensor:
-            home = arrive
-            for route in reversed(earlier):
-                home = route.home(home())
-            return home()
-
-        return arrived
+        return Sorted(order, back, [self._ranks * bound] * self._per, True)

@@ -14,6 +14,7 @@ a projection's dimensions decide (``weft.plan.shard``):
     plain,  plain    -                         -
 
 A projection from one inner dimension to another is refused: its weight could be cut by one of them only.
+Attention, scans and the exchange with experts have no weight that says how they are cut: the grids do.
 """
 
 from collections.abc import Callable, Iterable
@@ -221,8 +222,9 @@ class _Filler:
             transport = "all_to_all"
             if not router.pad_to_capacity:  # only there are all shapes static
                 groups = router.expert_groups, router.top_groups
-                size = layer.experts.up_proj.element_size()
-                shape = Dispatch(1, moe.width, router.top_k, moe.experts, ep, etp, plan.node, size, *groups)
+                up = layer.experts.up_proj
+                sizes = ep, etp, plan.node, up.element_size()
+                shape = Dispatch(1, up.shape[2], router.top_k, moe.experts, *sizes, *groups)
                 transport = choose(shape)
         comms = expert_comms(self.mesh.experts("ep", "etp"), etp, plan.node)
         return ShardedExchange(comms, moe.experts, transport)

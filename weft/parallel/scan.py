@@ -10,32 +10,36 @@ What a rank sends in the first form, in the dtype of the states: the logarithm o
 document (less the tokens left apart), the state after it, the last inputs of its convolution, and the inputs
 of the tokens left apart with their time steps. ``Segments.cut`` says on the host what ranks have of which
 document, so nothing else is exchanged; ranks may have any number of tokens, also none.
+
+Documents may go on from a state that every rank has, and then every rank gets the states after them. Where
+the last token of a document is also the last of a rank, its state follows from what was gathered; those of
+other documents come, in one exchange more, from where they end.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
-from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from weft.nn.slots import Conv, Scan, split_channels
+from weft.nn.slots import Conv, Scan, convolve, split_channels
 from weft.nn.state import MambaState
-from weft.ops.conv import causal_conv
-from weft.ops.scan import across, ssd
 from weft.ops.segments import Cut, Segments
 from weft.parallel import moves
 from weft.parallel.comm import Comm
 from weft.parallel.moves import Rows
+from weft.parallel.scan_runs import Left, Mixer, carry
+from weft.parallel.scan_state import Documents, documents, newest, share
 from weft.plan.context import ScanShape, choose_scan
 
 
 class ContextScan(Scan):
     """The scan where ranks share the tokens of a run.
 
-    Where no document crosses from one rank to another it is the one-device scan, and nothing is exchanged.
+    Where no document crosses from one rank to another it is the one-device scan, and nothing is exchanged but
+    states that are given and written. These are of the documents of ``segments.whole``, in order, the same on
+    all ranks before and after; no gradient goes through them.
 
     Args:
         chunk: tokens per chunk.
@@ -61,23 +65,15 @@ class ContextScan(Scan):
         """The scan alone.
 
         Raises:
-            ValueError: the form is ``all_to_all`` and the ranks cannot share the heads or groups.
+            ValueError: the form is ``all_to_all`` and the ranks cannot share the heads or groups, or
+                ``state`` is not of as many documents as there are.
         """
-        if segments.cut is None or not segments.cut.crosses:
+        if _alone(segments, state):
             return super().forward(x, dt, A, B, C, D, segments, state)
-        sizes = B.shape[1], B.shape[2]
-        if self._form(segments.cut, x, dt, sizes, 1) == "all_to_all":
-            xBC = torch.cat([t.flatten(1) for t in (x, B, C)], dim=1)
-            swap = _Swap(self.comm, segments.cut, len(A), sizes)
-            xBC, dt = swap.there(xBC, dt)
-            x, B, C = split_channels(xBC, swap.heads, swap.sizes)
-            return swap.back(super().forward(x, dt, swap.own(A), B, C, swap.own(D), segments.whole))
-        parts, own = _parts(segments), _Run(x, dt, A, B, C, D)
-        y, packet = own.scan_last(segments.lengths, self.chunk)
-        logs, states = self._gather(packet, len(parts))
-        if not parts:
-            return _take_part(y, states)
-        return torch.cat(own.add(y, parts[-1], _carry(logs[:-1], states[:-1])))
+        xBC = torch.cat([t.flatten(1) for t in (x, B, C)], dim=1)
+        if state is not None:
+            state = MambaState(xBC.new_empty(len(state.ssm), xBC.shape[1], 0), state.ssm)
+        return self._shared(Mixer(None, A, D, (B.shape[1], B.shape[2])), xBC, dt, segments, state)
 
     def convolved(
         self,
@@ -93,69 +89,128 @@ class ContextScan(Scan):
         """The convolution and the scan.
 
         Raises:
-            ValueError: the form is ``all_to_all`` and the ranks cannot share the heads or groups.
+            ValueError: as ``forward``.
         """
-        if segments.cut is None or not segments.cut.crosses:
+        if _alone(segments, state):
             return super().convolved(xBC, conv, dt, A, D, sizes, segments, state)
-        x = xBC[:, : xBC.shape[1] - 2 * sizes[0] * sizes[1]].unflatten(1, (len(A), -1))
-        if self._form(segments.cut, x, dt, sizes, conv.weight.shape[1]) == "all_to_all":
-            swap = _Swap(self.comm, segments.cut, len(A), sizes)
-            xBC, dt = swap.there(xBC, dt)
-            y = super().convolved(
-                xBC, swap.own_conv(conv), dt, swap.own(A), swap.own(D), swap.sizes, segments.whole
+        return self._shared(Mixer(conv, A, D, sizes), xBC, dt, segments, state)
+
+    def _shared(
+        self, mixer: Mixer, xBC: Tensor, dt: Tensor, segments: Segments, state: MambaState | None
+    ) -> Tensor:
+        cut = segments.cut
+        assert cut is not None  # noqa: S101 - see ``_alone``
+        if state is not None and len(state.ssm) != len(cut.whole.lengths):
+            raise ValueError(
+                f"a state of {len(state.ssm)} documents is given to a run of {len(cut.whole.lengths)}; "
+                "give one of as many"
             )
-            return swap.back(y)
-        mixer = _Mixer(conv, A, D, sizes)
-        parts, tail = _parts(segments), conv.weight.shape[1] - 1
+        if not cut.crosses:
+            return self._own(mixer, xBC, dt, documents(cut), state)
+        if self._form(cut, mixer, xBC, dt) == "states":
+            return self._states(mixer, xBC, dt, documents(cut), state)
+        swap = _Swap(self.comm, cut, len(mixer.A), mixer.sizes)
+        own = swap.state(state) if state is not None else None
+        y = self._one(swap.mixer(mixer), *swap.there(xBC, dt), cut.whole, own)
+        if state is not None and own is not None:
+            swap.keep(own, state)
+        return swap.back(y)
+
+    def _one(
+        self, mixer: Mixer, xBC: Tensor, dt: Tensor, segments: Segments, state: MambaState | None
+    ) -> Tensor:
+        """As one rank does."""
+        mixed = xBC if mixer.conv is None else convolve(xBC, mixer.conv, segments, state)
+        x, B, C = split_channels(mixed, len(mixer.A), mixer.sizes)
+        return super().forward(x, dt, mixer.A, B, C, mixer.D, segments, state)
+
+    def _own(
+        self, mixer: Mixer, xBC: Tensor, dt: Tensor, docs: Documents, state: MambaState | None
+    ) -> Tensor:
+        """Documents that are on one rank each."""
+        own = None
+        if state is not None and docs.lengths:
+            own = MambaState(state.conv[docs.here], state.ssm[docs.here])
+        y = self._one(mixer, xBC, dt, Segments(docs.lengths), own)
+        if state is not None:
+            share(self.comm, docs.ending, [state.conv, state.ssm])
+        return y
+
+    def _states(
+        self, mixer: Mixer, xBC: Tensor, dt: Tensor, docs: Documents, state: MambaState | None
+    ) -> Tensor:
+        parts, lengths, tail = docs.continued, docs.lengths or (0,), mixer.tail
         apart = min(tail, parts[-1]) if parts else 0
-        body = mixer.run(xBC, dt, segments).rows(slice(apart, None))
-        lengths = (segments.lengths[0] - apart, *segments.lengths[1:]) if parts else segments.lengths
-        y, packet = body.scan_last(lengths, self.chunk)
-        last = min(tail, segments.lengths[-1]) if segments.lengths else 0
+        given = _given(state, docs, xBC.dtype) if state is not None else None
+        body = mixer.run(xBC, dt, Segments(lengths), given and given.conv).rows(slice(apart, None))
+        own = Segments((lengths[0] - apart, *lengths[1:]))
+        y, final = body.scan(own, self.chunk, given and given.ssm)
+        last = min(tail, lengths[-1])
         edges = [_pad(xBC[len(xBC) - last :], tail - last, 0)]
         edges += [_pad(t[:apart], 0, tail - apart) for t in (xBC, dt)]
-        logs, states, newest, first, steps = self._gather([*packet, *edges], len(parts))
-        if not parts:
-            return _take_part(y, states)
-        # What each later rank of the document left apart; its padding has time step 0 and changes no state.
-        each = Segments((tail,) * (len(parts) - 1))
-        flat = first[1:].flatten(0, 1).to(xBC.dtype), steps[1:].flatten(0, 1).to(dt.dtype)
-        run = mixer.run(*flat, each, _before(newest, parts)[1:])
-        y_first, after = run.scan(each, self.chunk)
-        # In the order of tokens: the others of one rank, then those left apart on the next.
-        logs = torch.stack([logs[:-1], steps[1:].sum(1) * A.to(steps.dtype)], dim=1).flatten(0, 1)
-        states = torch.stack([states[:-1], after], dim=1).flatten(0, 1)
-        here = slice(each.starts[-1], each.starts[-1] + apart)
-        pieces = run.rows(here).add(y_first[here], apart, _carry(logs[:-1], states[:-1]))
-        pieces += body.add(y, parts[-1] - apart, _carry(logs, states))
-        return torch.cat(pieces)
+        left = self._gather([body.decay(slice(own.starts[-1], None)), final[-1], *edges])
+        if parts:
+            before = None if state is None else state.conv[docs.here.start]
+            chain = mixer.chain(left.of(self.comm.rank, len(parts)), parts, before, self.chunk)
+            here = slice(len(chain.y) - tail, len(chain.y) - tail + apart)
+            start = carry(chain.logs[:-2], chain.states[:-2])
+            pieces = chain.run.rows(here).add(chain.y[here], apart, start)
+            start = carry(chain.logs[:-1], chain.states[:-1])
+            y = torch.cat(pieces + body.add(y, own.lengths[0], start))
+            if given is not None:
+                given = MambaState(torch.cat([chain.inputs[-2:-1], given.conv[1:]]), given.ssm)
+                decay = body.decay(slice(own.lengths[0])).exp()
+                final = torch.cat([final[:1] + decay[:, None, None] * start, final[1:]])
+        else:
+            y = _take_part(y, left.states[:0])
+        if state is not None and given is not None:
+            ends = MambaState(newest(xBC, lengths, given.conv), final)
+            self._keep(mixer, docs, left, ends, state)
+        return y
 
-    def _form(self, cut: Cut, x: Tensor, dt: Tensor, sizes: tuple[int, int], taps: int) -> str:
+    @torch.no_grad()
+    def _keep(self, mixer: Mixer, docs: Documents, left: Left, ends: MambaState, state: MambaState) -> None:
+        """Write the states after all documents; ``ends`` are those after the documents here."""
+        for doc, rank in docs.closing:
+            parts = docs.parts(doc, rank)
+            chain = mixer.chain(left.of(rank, len(parts)), parts, state.conv[doc], self.chunk)
+            state.conv[doc], state.ssm[doc] = chain.inputs[-1], carry(chain.logs, chain.states)
+        inside = docs.inside[self.comm.rank]
+        own = slice(inside.start - docs.here.start, inside.stop - docs.here.start)
+        state.conv[inside], state.ssm[inside] = ends.conv[own], ends.ssm[own]
+        share(self.comm, docs.inside, [state.conv, state.ssm])
+
+    def _form(self, cut: Cut, mixer: Mixer, xBC: Tensor, dt: Tensor) -> str:
         if self.form != "auto":
             return self.form
-        heads, width = x.shape[1:]
-        items = x.element_size(), dt.element_size()
-        shape = ScanShape(cut.whole.lengths, cut.counts, heads, width, *sizes, taps, *items)
+        heads, (groups, size) = len(mixer.A), mixer.sizes
+        width = (xBC.shape[1] - 2 * groups * size) // heads
+        items = xBC.element_size(), dt.element_size()
+        shape = ScanShape(cut.whole.lengths, cut.counts, heads, width, groups, size, mixer.tail + 1, *items)
         return choose_scan(shape).form
 
-    def _gather(self, pieces: Sequence[Tensor], parts: int) -> list[Tensor]:
-        """The pieces of so many ranks up to this one, ``[parts, *shape]`` each, in one all-gather."""
-        size, stop = self.comm.size, self.comm.rank + 1
+    def _gather(self, pieces: Sequence[Tensor]) -> Left:
+        """The pieces of every rank, in one all-gather."""
+        size = self.comm.size
         packet = torch.cat([piece.flatten().to(pieces[1].dtype) for piece in pieces])
-        rows = moves.gather(Rows(self.comm, [1] * size), packet.unsqueeze(0))[stop - parts : stop]
+        rows = moves.gather(Rows(self.comm, [1] * size), packet.unsqueeze(0))
         flat = rows.split([piece.numel() for piece in pieces], dim=1)
-        return [got.view(parts, *piece.shape) for got, piece in zip(flat, pieces, strict=True)]
+        return Left(
+            *(got.view(size, *piece.shape).to(piece.dtype) for got, piece in zip(flat, pieces, strict=True))
+        )
 
 
-def _parts(segments: Segments) -> tuple[int, ...]:
-    """Tokens of the document that goes on here, on the ranks from where it begins to this one."""
-    cut = segments.cut
-    if cut is None or not segments.continues:
-        return ()
-    start = max(start for start in cut.whole.starts if start < cut.start)
-    return tuple(
-        part.stop - max(start, part.start) for part in cut.ranges[: cut.index] if start < part.stop
-    ) + (segments.lengths[0],)
+def _alone(segments: Segments, state: MambaState | None) -> bool:
+    return segments.cut is None or (state is None and not segments.cut.crosses)
+
+
+def _given(state: MambaState, docs: Documents, dtype: torch.dtype) -> MambaState:
+    """States before the documents here, zero of one that began on an earlier rank."""
+    here = docs.here if docs.lengths else slice(0, 1)
+    ssm = state.ssm[here].clone()
+    if docs.continued or not docs.lengths:
+        ssm[0] = 0
+    return MambaState(state.conv[here].to(dtype), ssm)
 
 
 def _take_part(y: Tensor, states: Tensor) -> Tensor:
@@ -165,73 +220,6 @@ def _take_part(y: Tensor, states: Tensor) -> Tensor:
 
 def _pad(rows: Tensor, before: int, after: int) -> Tensor:
     return F.pad(rows, (0, 0, before, after))
-
-
-def _carry(logs: Tensor, states: Tensor) -> Tensor:
-    """The state after runs of tokens from the states ``[runs, ...]`` after each alone, and their decays."""
-    later = F.pad(logs[1:].flip(0).cumsum(0).flip(0), (0, 0, 0, 1))  # decay through all runs after each
-    return torch.einsum("rh,rhpn->hpn", later.exp(), states)
-
-
-def _before(newest: Tensor, parts: Sequence[int]) -> Tensor:
-    """The inputs before each part of a document, ``[parts, channels, tail]``; zeros before it begins.
-
-    Args:
-        newest: ``[parts, tail, channels]``, the last inputs of each part, zeros before the first of them.
-        parts: tokens of each; a short one does not hold all that the next one needs.
-    """
-    tail = newest.shape[1]
-    held = [min(tail, part) for part in parts]
-    own = [rows[tail - count :] for rows, count in zip(newest, held, strict=True)]
-    line = torch.cat([torch.zeros_like(newest[0]), *own])
-    starts = list(accumulate(held, initial=0))[:-1]
-    return torch.stack([line[start : start + tail] for start in starts]).transpose(1, 2)
-
-
-class _Run(NamedTuple):
-    """The inputs of ``ssd``."""
-
-    x: Tensor
-    dt: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor
-
-    def rows(self, tokens: slice) -> "_Run":
-        """The same of some of the tokens."""
-        return self._replace(x=self.x[tokens], dt=self.dt[tokens], B=self.B[tokens], C=self.C[tokens])
-
-    def scan(self, segments: Segments, chunk: int) -> tuple[Tensor, Tensor]:
-        """Outputs and final states, from zero."""
-        return cast(tuple[Tensor, Tensor], ssd(*self, segments, chunk, return_final=True))
-
-    def scan_last(self, lengths: tuple[int, ...], chunk: int) -> tuple[Tensor, list[Tensor]]:
-        """Outputs, from zero; and of the last segment the decay (as logarithm) and the final state."""
-        segments = Segments(lengths or (0,))
-        y, final = self.scan(segments, chunk)
-        last = self.dt[segments.starts[-1] :].to(final.dtype)
-        return y, [last.sum(0) * self.A.to(final.dtype), final[-1]]
-
-    def add(self, y: Tensor, tokens: int, state: Tensor) -> list[Tensor]:
-        """``y`` with what ``state`` gives to the first ``tokens``: these, and the others."""
-        given = across(self.dt[:tokens], self.A, self.C[:tokens], state)
-        return [(y[:tokens] + given).to(y.dtype), y[tokens:]]
-
-
-class _Mixer(NamedTuple):
-    """The parameters of a convolution and a scan."""
-
-    conv: Conv
-    A: Tensor
-    D: Tensor
-    sizes: tuple[int, int]
-
-    def run(self, xBC: Tensor, dt: Tensor, segments: Segments, before: Tensor | None = None) -> _Run:
-        """What the scan reads, after the convolution."""
-        mixed = cast(Tensor, causal_conv(xBC, *self.conv, segments, initial=before))
-        x, B, C = split_channels(mixed, len(self.A), self.sizes)
-        return _Run(x, dt, self.A, B, C, self.D)
 
 
 class _Swap:
@@ -274,14 +262,38 @@ class _Swap:
         rows = moves.exchange(self.comm, y, self.counts, [mine] * ranks)
         return rows.unflatten(0, (ranks, mine)).transpose(0, 1).flatten(1, 2)
 
-    def own(self, t: Tensor) -> Tensor:
-        """This rank's heads of a parameter."""
-        return t.unflatten(0, (self.comm.size, -1))[self.comm.rank]
+    def mixer(self, mixer: Mixer) -> Mixer:
+        """This rank's channels and heads of the parameters."""
+        A, D = (t.unflatten(0, (self.comm.size, -1))[self.comm.rank] for t in (mixer.A, mixer.D))
+        conv = mixer.conv
+        if conv:
+            weight, bias = (self._channels(t)[self.comm.rank] for t in (conv.weight.t(), conv.bias[None]))
+            conv = Conv(weight.t(), bias[0])
+        return Mixer(conv, A, D, self.sizes)
 
-    def own_conv(self, conv: Conv) -> Conv:
-        """This rank's channels of the convolution."""
-        weight, bias = (self._channels(t)[self.comm.rank] for t in (conv.weight.t(), conv.bias.unsqueeze(0)))
-        return Conv(weight.t(), bias.squeeze(0))
+    def state(self, state: MambaState) -> MambaState:
+        """This rank's channels and heads of the states."""
+        ssm = state.ssm.unflatten(1, (self.comm.size, -1))[:, self.comm.rank]
+        conv = state.conv.index_select(1, self._places(state.conv)[self.comm.rank])
+        return MambaState(conv, ssm.contiguous())
+
+    @torch.no_grad()
+    def keep(self, own: MambaState, state: MambaState) -> None:
+        """Write the states of all channels and heads, in one all-gather."""
+        own_parts, wide = (own.conv, own.ssm), torch.promote_types(own.conv.dtype, own.ssm.dtype)
+        rows = self.comm.all_gather(torch.cat([t.flatten().to(wide) for t in own_parts]))
+        flat = rows.split([t.numel() for t in own_parts], dim=1)
+        conv, ssm = (
+            new.view(self.comm.size, *t.shape).transpose(0, 1).flatten(1, 2).to(t.dtype)
+            for new, t in zip(flat, own_parts, strict=True)
+        )
+        state.conv.index_copy_(1, self._places(state.conv).flatten(), conv)
+        state.ssm.copy_(ssm)
+
+    def _places(self, conv: Tensor) -> Tensor:
+        """Which channels each rank has: ``[ranks, own]``."""
+        numbers = torch.arange(conv.shape[1], dtype=torch.float32, device=conv.device)
+        return self._channels(numbers.unsqueeze(0)).squeeze(1).long()
 
     def _send(self, pieces: Tensor) -> Callable[[], Tensor]:
         ranks, mine = self.comm.size, self.counts[self.comm.rank]

@@ -6,7 +6,7 @@ scatter-add, so results are the same bits on every run and device.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -35,9 +35,23 @@ def inverse(order: Int[Tensor, " rows"], shape: Sequence[int]) -> Int[Tensor, "t
     return back.scatter_(0, order, torch.arange(len(order), device=order.device)).view(*shape)
 
 
-def sort(
-    experts: Int[Tensor, "tokens slots"], num_experts: int, bound: int | None = None
-) -> tuple[Int[Tensor, " rows"], Int[Tensor, "tokens slots"], list[int], bool]:
+class Sorted(NamedTuple):
+    """(token, slot) pairs as rows in the order of experts.
+
+    Attributes:
+        order: the pair (token * slots + slot) of each row; -1 is padding.
+        back: the row of each pair; -1 goes nowhere.
+        counts: rows of each expert.
+        full: whether neither has a -1.
+    """
+
+    order: Int[Tensor, " rows"]
+    back: Int[Tensor, "tokens slots"]
+    counts: list[int]
+    full: bool
+
+
+def sort(experts: Int[Tensor, "tokens slots"], num_experts: int, bound: int | None = None) -> Sorted:
     """Rows in the order of experts, pairs of one expert in their own order.
 
     Args:
@@ -45,22 +59,18 @@ def sort(
         num_experts: how many there are.
         bound: rows of every expert: pair j of expert e is row ``e * bound + j``, a pair beyond them goes
             nowhere, and nothing is asked of the device; None is as many rows as there are pairs.
-
-    Returns:
-        ``order`` (the pair of each row), ``back`` (the row of each pair), rows of each expert, and whether
-        nothing is missing.
     """
     keys, pairs, starts = ranked(experts, num_experts)
     if bound is None:
         counts = starts.diff().tolist()
         order = pairs[: sum(counts)]
-        return order, inverse(order, experts.shape), counts, len(order) == len(pairs)
+        return Sorted(order, inverse(order, experts.shape), counts, len(order) == len(pairs))
     rows, device = num_experts * bound, keys.device
     place = torch.arange(len(keys), device=device) - starts[keys]
     row = torch.where((keys < num_experts) & (place < bound), keys * bound + place, rows)
     order = pairs.new_full((rows + 1,), -1).scatter_(0, row, pairs)[:rows].contiguous()
     back = torch.empty_like(pairs).scatter_(0, pairs, row.masked_fill(row == rows, -1))
-    return order, back.view(experts.shape), [bound] * num_experts, False
+    return Sorted(order, back.view(experts.shape), [bound] * num_experts, False)
 
 
 def _to_rows(x: Tensor, order: Tensor, back: Tensor, full: bool) -> Tensor:
