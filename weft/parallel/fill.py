@@ -18,6 +18,7 @@ Attention, scans and the exchange with experts have no weight that says how they
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Shaped
@@ -34,7 +35,7 @@ from weft.parallel.mesh import Mesh
 from weft.parallel.moves import Blocks, Features, Move, Rows, Swap
 from weft.parallel.scan import ContextScan
 from weft.parallel.vocabulary import ShardedLookup, ShardedLoss
-from weft.plan.dispatch import Dispatch, choose
+from weft.plan.exchanges import transport_of
 from weft.plan.shard import features
 from weft.spec.param import Dim, ParamSpec, Part
 
@@ -215,19 +216,10 @@ class _Filler:
 
     def exchange(self, layer: MoE) -> Exchange:
         """The exchange with the ranks that have other experts, or other parts of these."""
-        plan, moe, router = self.mesh.plan.experts, layer.config, layer.config.router
-        ep, etp = plan.grid.size("ep"), plan.grid.size("etp")
-        transport = plan.transport
-        if transport == "auto":
-            transport = "all_to_all"
-            if not router.pad_to_capacity:  # only there are all shapes static
-                groups = router.expert_groups, router.top_groups
-                up = layer.experts.up_proj
-                sizes = ep, etp, plan.node, up.element_size()
-                shape = Dispatch(1, up.shape[2], router.top_k, moe.experts, *sizes, *groups)
-                transport = choose(shape)
-        comms = expert_comms(self.mesh.experts("ep", "etp"), etp, plan.node)
-        return ShardedExchange(comms, moe.experts, transport)
+        plan, up = self.mesh.plan.experts, layer.experts.up_proj
+        whole = replace(layer.config, embed=layer.config.embed * self.plane.tp_embed)
+        comms = expert_comms(self.mesh.experts("ep", "etp"), plan.grid.size("etp"), plan.node)
+        return ShardedExchange(comms, whole.experts, transport_of(whole, plan, up.element_size()))
 
     def router(self, router: Router) -> None:
         """Tell a router which tokens and features are where."""

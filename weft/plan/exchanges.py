@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 
 from weft.plan.context import AttendShape, Choice, ScanShape, choose_attend, choose_scan
-from weft.plan.dispatch import TRANSPORTS, Dispatch, Link, choose, traffic
-from weft.plan.layout import Plan
+from weft.plan.dispatch import TRANSPORTS, Dispatch, Link, Transport, choose, traffic
+from weft.plan.layout import Experts, Plan
 from weft.plan.shard import localize
 from weft.plan.units import units
 from weft.spec.layers import AttentionConfig, MambaConfig, MoEConfig
@@ -55,12 +55,24 @@ def _shared(name: str, setting: str, form: str, found: Choice, ranks: int) -> Ex
 
 
 def _experts(name: str, mixer: MoEConfig, plan: Plan, tokens: int, item: int) -> Exchange:
-    grid, router, width = plan.experts.grid, mixer.router, mixer.width
-    groups = router.expert_groups, router.top_groups
-    sizes = grid.size("ep"), grid.size("etp"), plan.experts.node, item
-    shape = Dispatch(tokens, width, router.top_k, mixer.experts, *sizes, *groups)
-    form = plan.experts.transport
-    if form == "auto":
-        form = "all_to_all" if router.pad_to_capacity else choose(shape)
+    shape = dispatch_of(mixer, plan.experts, tokens, item)
     each = {other: traffic(other, shape).step for other in TRANSPORTS}
-    return name, "experts.transport", form, each, {}
+    return name, "experts.transport", transport_of(mixer, plan.experts, item), each, {}
+
+
+def dispatch_of(mixer: MoEConfig, experts: Experts, tokens: int, item: int) -> Dispatch:
+    """The dispatch of a mixture (as a whole) with so many tokens on each rank, ``item`` bytes a number."""
+    router = mixer.router
+    grid = experts.grid.size("ep"), experts.grid.size("etp"), experts.node
+    groups = router.expert_groups, router.top_groups
+    return Dispatch(tokens, mixer.width, router.top_k, mixer.experts, *grid, item, *groups)
+
+
+def transport_of(mixer: MoEConfig, experts: Experts, item: int) -> Transport:
+    """How its tokens travel: as the plan says, or else with the fewest bytes.
+
+    Experts that are padded take ``all_to_all``: only there are all shapes static.
+    """
+    if experts.transport != "auto":
+        return experts.transport
+    return "all_to_all" if mixer.router.pad_to_capacity else choose(dispatch_of(mixer, experts, 1, item))
