@@ -3,25 +3,30 @@
 For every operation, at the sizes of ``benchmarks/hybrid_vs_transformers.py`` (4096 tokens): the least
 floating-point operations and the least bytes (inputs read once, outputs written once; in the backward
 pass also gradients), the time these need at the machine's measured matrix-product rate and copy
-bandwidth, and how near the back ends come. Rounds are interleaved, figures are medians.
+bandwidth, and how near the back ends come; ``ref/fast`` says how many times longer the reference takes.
+Rounds are interleaved, figures are medians; what takes over a second is called once. What a layout calls in
+place of an operation stands beside it: ``across`` beside the scan, ``attention runs`` beside attention.
 
-    python benchmarks/ops.py                       # all, two threads
-    python benchmarks/ops.py --only scan conv --clock cpu --threads 1
+    python benchmarks/ops.py                       # all, two threads; writes benchmarks/ops.json
+    python benchmarks/ops.py --only scan conv --clock cpu --threads 1 --rounds 3 --out /tmp/ops.json
 """
 
 import argparse
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from weft.ops.attention import attend, attend_cached
+from weft.ops.attention import attend, attend_cached, attend_runs, attend_runs_backward
 from weft.ops.backend import use
 from weft.ops.conv import causal_conv, conv_step
 from weft.ops.cross_entropy import linear_cross_entropy
@@ -30,14 +35,17 @@ from weft.ops.memory import keep_freed_memory
 from weft.ops.mlp import mlp
 from weft.ops.norm import gated_group_norm, rms_norm
 from weft.ops.router import choice_frequency, count_choices, document_balance, route
-from weft.ops.scan import ssd, ssd_step
+from weft.ops.scan import across, ssd, ssd_step
 from weft.ops.segments import Segments
+from weft.plan.runs import Piece, contiguous, pieces
+from weft.train.environment import environment
 
 TOKENS, WIDTH, VOCAB = 4096, 256, 8192
 HEADS, DIM, GROUPS, STATE, TAPS, CHUNK = 8, 64, 1, 128, 4, 64
 EXPERTS, TOP_K, LATENT, INNER = 32, 4, 128, 168
 CHANNELS = HEADS * DIM + 2 * GROUPS * STATE
 FLOAT = 4  # bytes
+LONG = 1.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -75,15 +83,11 @@ def mamba_cases(length: int) -> Iterator[Case]:
     inner = HEADS * DIM
     flops = t * (CHUNK * (GROUPS * STATE + inner) + 4 * inner * STATE)
     scan = partial(_scan, segments)
-    yield Case(
-        f"scan {length}",
-        "scan",
-        scan,
-        (x, dt, A, B, C, D),
-        flops,
-        t * (2 * inner + 2 * GROUPS * STATE),
-        slow=False,
-    )
+    numbers = t * (2 * inner + 2 * GROUPS * STATE)
+    yield Case(f"scan {length}", "scan", scan, (x, dt, A, B, C, D), flops, numbers)
+    numbers = length * (inner + GROUPS * STATE) + inner * STATE
+    given = dt[:length], A, C[:length], rand(HEADS, DIM, STATE)
+    yield Case(f"across {length}", "scan", across, given, 2 * length * inner * STATE, numbers)
     conv = partial(_conv, segments)
     yield Case(
         f"conv {length}",
@@ -112,6 +116,32 @@ def attention_cases(length: int) -> Iterator[Case]:
     yield Case(
         f"attention {length}", "attention", call, (q, k, v), 2 * TOKENS * length * 8 * 32, TOKENS * 20 * 32
     )
+
+
+def runs_cases(length: int) -> Iterator[Case]:
+    """The same as runs of queries against runs of keys, whose backward pass is a call of its own."""
+    holding = contiguous((TOKENS,))[0]
+    blocks = pieces((length,) * (TOKENS // length), holding, holding)
+    qkv = tuple(rand(TOKENS, 12, 32).split([8, 2, 2], dim=1))
+    for factor, name, call in ((1, "", _runs), (3, " +backward", _runs_both)):
+        yield Case(
+            f"attention runs {length}{name}",
+            "attention",
+            partial(call, blocks),
+            qkv,
+            factor * 2 * TOKENS * length * 8 * 32,
+            factor * TOKENS * 20 * 32,
+            slow=False,
+            backward=False,
+        )
+
+
+def _runs(blocks: list[Piece], q: Tensor, k: Tensor, v: Tensor) -> Any:
+    return attend_runs(q, k, v, blocks, 32**-0.5)
+
+
+def _runs_both(blocks: list[Piece], q: Tensor, k: Tensor, v: Tensor) -> Any:
+    return attend_runs_backward(q, *_runs(blocks, q, k, v), q, k, v, blocks, 32**-0.5)
 
 
 def _attend(segments: Segments, q: Tensor, k: Tensor, v: Tensor) -> Any:
@@ -272,9 +302,10 @@ def compare(case: Case, backward: bool, rounds: int, clock: Callable[[], float])
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds + 1):
         for name in names:
-            with use(**{case.op: name}):
-                times[name].append(run(case, backward, clock))
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
+            if max(times[name], default=0.0) < LONG:
+                with use(**{case.op: name}):
+                    times[name].append(run(case, backward, clock))
+    return {name: statistics.median(values[1:] or values) for name, values in times.items()}
 
 
 def limits() -> tuple[float, float]:
@@ -292,27 +323,36 @@ def _wall(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def report(cases: Sequence[Case], rounds: int, clock: Callable[[], float]) -> None:
-    """Print one line per operation and direction."""
+def report(cases: Sequence[Case], rounds: int, clock: Callable[[], float]) -> list[dict[str, Any]]:
+    """Print one line per operation and direction; the same as rows of figures."""
     peak, bandwidth = limits()
     print(f"{torch.get_num_threads()} threads: {peak / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s")
     print(
-        f"{'operation':26} {'MFLOP':>8} {'MB':>7} {'bound ms':>9} {'fast ms':>9} {'of bound':>8} "
-        f"{'reference':>9}"
+        f"{'operation':29} {'MFLOP':>8} {'MB':>7} {'bound ms':>9} {'fast ms':>9} {'of bound':>8} "
+        f"{'reference':>9} {'ref/fast':>8}"
     )
+    rows = []
     for case in cases:
         for backward in (False, True) if case.backward else (False,):
             factor = 3 if backward else 1
             bound = factor * max(case.flops / peak, FLOAT * case.numbers / bandwidth)
             times = compare(case, backward, rounds, clock)
-            slow = f"{times['reference'] * 1e3:9.3f}" if case.slow else ""
-            name = case.name + (" +backward" if backward else "")
-            megabytes = factor * FLOAT * case.numbers / 1e6
-            sizes = f"{factor * case.flops / 1e6:8.0f} {megabytes:7.1f} {bound * 1e3:9.3f}"
-            print(
-                f"{name:26} {sizes} {times['fast'] * 1e3:9.3f} {bound / times['fast']:8.0%} {slow}",
-                flush=True,
-            )
+            row = {
+                "operation": case.name + (" +backward" if backward else ""),
+                "MFLOP": factor * case.flops / 1e6,
+                "MB": factor * FLOAT * case.numbers / 1e6,
+                "bound ms": bound * 1e3,
+                "fast ms": times["fast"] * 1e3,
+            }
+            line = "{:29} {:8.0f} {:7.1f} {:9.3f} {:9.3f}".format(*row.values())
+            line += f" {bound / times['fast']:8.0%}"
+            if case.slow:
+                ratio = times["reference"] / times["fast"]
+                row |= {"reference ms": times["reference"] * 1e3, "reference over fast": ratio}
+                line += f" {times['reference'] * 1e3:9.3f} {ratio:8.1f}"
+            print(line, flush=True)
+            rows.append(row)
+    return rows
 
 
 def main() -> None:
@@ -326,6 +366,7 @@ def main() -> None:
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: of this process, for a busy machine"
     )
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory()
@@ -335,12 +376,21 @@ def main() -> None:
         mamba_cases(2048),
         attention_cases(512),
         attention_cases(2048),
+        runs_cases(512),
+        runs_cases(2048),
         width_cases(),
         expert_cases(),
     )
     cases = chain(training, decode_cases(1), decode_cases(8))
     chosen = [case for case in cases if not args.only or case.op in args.only or case.name in args.only]
-    report(chosen, args.rounds, time.perf_counter if args.clock == "wall" else time.process_time)
+    rows = report(chosen, args.rounds, time.perf_counter if args.clock == "wall" else time.process_time)
+    result = {
+        "command": " ".join(["python benchmarks/ops.py", *sys.argv[1:]]),
+        "clock": args.clock,
+        "environment": environment(),
+        "rows": rows,
+    }
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
