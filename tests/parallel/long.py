@@ -1,6 +1,6 @@
 """Many steps under a plan against one process, outside pytest: type checks of every call would take minutes.
 
-python -m tests.parallel.long PLAN STEPS      # prints the steps that differ in fp64
+python -m tests.parallel.long PLAN fp64 200    # exit status 1 where losses or routing differ
 """
 
 import sys
@@ -57,9 +57,11 @@ def both(name: str, precision: str, steps: int) -> list[tuple[dict[str, Any], di
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found = both(sys.argv[1], "fp64", int(sys.argv[2]))
-    worst = max(abs(a["loss"] / b["loss"] - 1) for a, b in found)
-    flips = [a["step"] for a, b in found if a["routing_hash"] != b["routing_hash"]]
+    name, precision, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    found = both(name, precision, steps)
+    flips = [i for i, (a, b) in enumerate(found) if a["routing_hash"] != b["routing_hash"]] or [steps]
+    worst = max(abs(a["loss"] / b["loss"] - 1) for a, b in found[: flips[0]])
     learned = found[0][1]["loss"] - found[-1][1]["loss"]
-    print(f"largest relative difference {worst:.1e}, routing differs in steps {flips}, learned {learned:.2f}")  # noqa: T201
-    raise SystemExit(not (worst <= 1e-9 and not flips and learned > 1))
+    print(f"{flips[0]} steps are routed alike, losses differ by {worst:.1e}; learned {learned:.2f}")  # noqa: T201
+    exact = worst <= 1e-9 and flips[0] == steps and learned > 1
+    raise SystemExit(not (exact if precision == "fp64" else worst <= 1e-5 and flips[0] >= 6))

@@ -131,7 +131,9 @@ def test_metadata_is_under_one_percent_of_a_step():
         mesh = mesh_of(plan, comm)
         model = assemble(config, "fp32", torch.device("cpu"), 1, mesh)
         train = TrainConfig(global_batch_size=4, micro_batch_size=2)
-        trainer = Trainer(RunConfig(model=config, train=train), model, Tokens(False, config.depths), mesh)
+        trainer = Trainer(
+            RunConfig(model=config, train=train), model, Tokens(False, 128, config.depths), mesh
+        )
         with record(comm) as ledger:
             trainer.step(1, trainer.batches(0))
         return ledger.bytes(), ledger.metadata_bytes

@@ -6,25 +6,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.long import PLANS, both
+from tests.parallel.long import PLANS
 
 ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str) -> None:
+    command = [sys.executable, "-W", "error", "-m", "tests.parallel.long", *arguments]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_200_steps_in_fp64(name: str) -> None:
-    command = [sys.executable, "-W", "error", "-m", "tests.parallel.long", name, "200"]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    run(name, "fp64", "200")
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_fp32_until_a_routing_flip(name: str) -> None:
-    alike = 0
-    for a, b in both(name, "fp32", 10):
-        if a["routing_hash"] != b["routing_hash"]:
-            break
-        alike += 1
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), a["step"]
-    assert alike >= 6
+    run(name, "fp32", "10")

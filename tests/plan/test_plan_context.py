@@ -15,7 +15,19 @@ from weft.plan.context import (
     even,
     scan_traffic,
 )
-from weft.plan.runs import Run, arranged, balanced, contiguous, count, pieces, route, rows, seen, work
+from weft.plan.runs import (
+    Run,
+    arranged,
+    balanced,
+    common,
+    contiguous,
+    count,
+    pieces,
+    route,
+    rows,
+    seen,
+    work,
+)
 
 
 def tokens_of(holding):
@@ -121,7 +133,38 @@ def test_pieces_and_what_is_seen():
             for j in range(min(piece.keys.length, i + piece.diagonal + 1))
         ]
         assert sorted(got) == sorted(want)
-        assert sorted({j for _, j in want}) == tokens_of(rows(keys, seen(lengths, keys, queries)))
+        assert sorted({j for _, j in want}) == tokens_of(rows(keys, seen(lengths, queries)))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+def test_intersections_and_bytes_token_by_token(ranks):
+    """What is common, seen and sent, against sets of tokens."""
+    rng = random.Random(ranks)
+    for _ in range(15):
+        lengths = (99, *(min(200, int(4 * rng.paretovariate(0.8))) for _ in range(rng.randint(1, 25))))
+        where, counts = document_of(lengths), even(sum(lengths), ranks)
+        here, there = contiguous(counts), arranged(lengths, counts)
+        sees = []
+        for own in there:
+            last = {where[token]: token for token in tokens_of(own)}
+            sees.append({token for token, document in enumerate(where) if token <= last.get(document, -1)})
+            assert tokens_of(seen(lengths, own)) == sorted(sees[-1])
+            for other in here:
+                both = sorted({*tokens_of(own)} & {*tokens_of(other)})
+                assert tokens_of(common(own, other)) == both
+                assert tokens_of(rows(own, other)) == [tokens_of(own).index(token) for token in both]
+        shape = AttendShape(
+            lengths, counts, heads=1, kv_heads=1, head_dim=1
+        )  # 4 bytes of a key and its value
+        for form, holders, extra in (("all_gather", here, 0), ("ring", there, 4)):
+            for rank, traffic in enumerate(attend_traffic(form, shape)):
+                held = {*tokens_of(holders[rank])}
+                get = len(sees[rank] - held)
+                give = sum(len(held & other) for other in sees) - len(held & sees[rank])
+                moved = counts[rank] - len({*tokens_of(here[rank])} & {*tokens_of(there[rank])})
+                came = moved + count(there[rank]) - counts[rank]
+                assert traffic.forward == came * (2 + extra) + 4 * get + 2 * moved
+                assert traffic.backward == 2 * came + 4 * get + 8 * give + moved * (2 + extra)
 
 
 def test_bytes_by_hand():

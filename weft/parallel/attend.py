@@ -28,6 +28,7 @@ from weft.plan.runs import (
     Piece,
     Route,
     arranged,
+    common,
     contiguous,
     count,
     joined,
@@ -73,10 +74,10 @@ class ContextAttend(Attend):
                 that the heads do not allow (faults of the caller).
         """
         cut = segments.cut
+        if cut is not None and state is not None:
+            raise ValueError("parts of a run that ranks share cannot be attended to over a cache")
         if cut is None or not cut.crosses:
             return super().forward(q, k, v, segments, state, past)
-        if state is not None:
-            raise ValueError("documents that ranks share cannot be attended to over a cache")
         if (len(cut.counts), cut.index) != (self.comm.size, self.comm.rank):
             raise ValueError(
                 f"part {cut.index} of {len(cut.counts)} is on rank {self.comm.rank} of {self.comm.size}"
@@ -84,10 +85,11 @@ class ContextAttend(Attend):
         scale, form = q.shape[-1] ** -0.5, self.form
         if form == "auto":
             sizes = q.shape[1], k.shape[1], q.shape[2], q.element_size()
-            form = choose_attend(AttendShape(cut.whole.lengths, cut.counts, *sizes)).form
+            # As if samples were not packed: the same for every pack, so that the host plans nothing anew.
+            form = choose_attend(AttendShape(cut.whole.windows or cut.whole.lengths, cut.counts, *sizes)).form
         if form == "all_to_all":
             return _all_to_all(self.comm, q, k, v, cut, scale)
-        plan = _plan(cut.whole.lengths, cut.counts, cut.index)
+        plan = _plan(cut.whole.lengths, cut.counts, cut.index, form)
         one = _Ring if form == "ring" else _Gathered
         return one.apply(q, torch.cat([k, v], 1), plan, self.comm, scale)
 
@@ -171,13 +173,12 @@ class _Plan:
     Attributes:
         route: to the balanced order; None where the tokens lie balanced.
         rounds: of the ring: keys and values, in the balanced order, of one other rank each; the first is of
-            those that are here, which go nowhere.
-        all: those of all ranks at once, from where they lie.
+            those that are here, which go nowhere. Of the all-gather: those of all ranks at once, from where
+            they lie.
     """
 
     route: Route | None
     rounds: tuple[_Round, ...]
-    all: _Round
 
     def there(self, comm: Comm, x: Tensor) -> Tensor:
         """Rows to the balanced order."""
@@ -199,21 +200,26 @@ class _Plan:
 
 
 @lru_cache(maxsize=KEPT)
-def _plan(lengths: tuple[int, ...], counts: tuple[int, ...], rank: int) -> _Plan:
+def _plan(lengths: tuple[int, ...], counts: tuple[int, ...], rank: int, form: str) -> _Plan:
     here, there = contiguous(counts), arranged(lengths, counts)
-    ranks, own = range(len(counts)), there[rank]
+    size, own = len(counts), there[rank]
+    sees = [seen(lengths, holding) for holding in there]
+    way = None if here == there else route(here, there, rank)
 
     def exchanged(holders: Sequence[Holding], to: Sequence[int], source: Sequence[int]) -> _Round:
-        mine = holders[rank]
-        out = tuple(rows(mine, seen(lengths, mine, there[i])) if i in to else () for i in ranks)
-        came = [seen(lengths, holders[i], own) if i in source else () for i in ranks]
-        return _Round(out, tuple(map(count, came)), pieces(lengths, own, joined(chain(*came))))
+        out: list[Holding] = [()] * size
+        came: list[Holding] = [()] * size
+        for other in to:
+            out[other] = rows(holders[rank], sees[other])
+        for other in source:
+            came[other] = common(holders[other], sees[rank])
+        return _Round(tuple(out), tuple(map(count, came)), pieces(lengths, own, joined(chain(*came))))
 
-    shifts = range(1, len(counts)) if shared(lengths, there) else ()
-    ring = [exchanged(there, [(rank + i) % len(counts)], [(rank - i) % len(counts)]) for i in shifts]
-    first = _Round(((),) * len(counts), (0,) * len(counts), pieces(lengths, own, own))
-    way = None if here == there else route(here, there, rank)
-    return _Plan(way, (first, *ring), exchanged(here, ranks, ranks))
+    if form != "ring":
+        return _Plan(way, (exchanged(here, range(size), range(size)),))
+    shifts = range(1, size) if shared(lengths, there) else ()
+    ring = [exchanged(there, [(rank + i) % size], [(rank - i) % size]) for i in shifts]
+    return _Plan(way, (_Round(((),) * size, (0,) * size, pieces(lengths, own, own)), *ring))
 
 
 def _going_round(kv: Tensor, rounds: tuple[_Round, ...], comm: Comm) -> Iterator[tuple[_Round, Tensor]]:
@@ -279,10 +285,11 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, kv: Tensor, plan: _Plan, comm: Comm, scale: float) -> Tensor:
-        pending = plan.all.start(comm, kv)
+        gather = plan.rounds[0]
+        pending = gather.start(comm, kv)
         q = plan.there(comm, q)
         k, v = pending.wait().chunk(2, 1)
-        out, lse = attend_runs(q, k, v, plan.all.pieces, scale)
+        out, lse = attend_runs(q, k, v, gather.pieces, scale)
         out = out.to(q.dtype)
         ctx.plan, ctx.comm, ctx.scale = plan, comm, scale
         ctx.save_for_backward(q, kv, out, lse)
@@ -293,12 +300,13 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, kv, out, lse = ctx.saved_tensors
         plan, comm = ctx.plan, ctx.comm
-        pending = plan.all.start(comm, kv)
+        gather = plan.rounds[0]
+        pending = gather.start(comm, kv)
         grad = plan.there(comm, grad)
         k, v = pending.wait().chunk(2, 1)
-        of_q, *of_kv = attend_runs_backward(grad, out, lse, q, k, v, plan.all.pieces, ctx.scale)
-        pending = plan.all.start_home(comm, torch.cat(of_kv, 1))
+        of_q, *of_kv = attend_runs_backward(grad, out, lse, q, k, v, gather.pieces, ctx.scale)
+        pending = gather.start_home(comm, torch.cat(of_kv, 1))
         grad_q = plan.back(comm, of_q.to(q.dtype))
         grad_kv = kv.new_zeros(kv.shape, dtype=lse.dtype)
-        plan.all.add(grad_kv, pending.wait())
+        gather.add(grad_kv, pending.wait())
         return grad_q, grad_kv.to(kv.dtype), None, None, None

@@ -31,7 +31,7 @@ from weft.parallel.comm import Comm
 from weft.parallel.moves import Rows
 from weft.parallel.scan_runs import Left, Mixer, carry
 from weft.parallel.scan_state import Documents, documents, newest, share
-from weft.plan.context import ScanShape, choose_scan
+from weft.plan.context import SCAN_FORMS, ScanShape, choose_scan
 
 
 class ContextScan(Scan):
@@ -49,6 +49,8 @@ class ContextScan(Scan):
 
     def __init__(self, chunk: int, comm: Comm, form: str) -> None:
         super().__init__(chunk)
+        if form not in (*SCAN_FORMS, "auto"):
+            raise ValueError(f"{form!r} is no form of a scan; use auto, {', '.join(SCAN_FORMS)}")
         self.comm, self.form = comm, form
 
     def forward(

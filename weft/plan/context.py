@@ -20,13 +20,14 @@ Mamba-2 (the convolution and the scan):
     all_to_all    all tokens of some heads, with the groups that these need, and the way back.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
-from weft.plan.runs import Holding, arranged, contiguous, count, route, seen
+from weft.plan.runs import Holding, arranged, contiguous, count, rows, seen
 
 GATHERED = 2**32  # bytes of keys, values and their gradients that the all-gather may hold
 
@@ -136,16 +137,29 @@ def _balanced(shape: AttendShape, holders: Sequence[Holding], query: int, routed
     ``routed``: bytes of a token on the way there; ``query``: of its output on the way back.
     """
     here, there = contiguous(shape.counts), arranged(shape.lengths, shape.counts)
-    ranks = range(len(here))
-    sees = [[count(seen(shape.lengths, holders[i], there[j])) for j in ranks] for i in ranks]
+    sees = [seen(shape.lengths, own) for own in there]
+    begun, ended = _rising(r.start for own in sees for r in own), _rising(r.stop for own in sees for r in own)
     out: list[Traffic] = []
-    for rank in ranks:
-        stays = count(route(here, there, rank).send[rank])
+    for rank, held in enumerate(holders):
+        stays, own = count(rows(here[rank], there[rank])), count(rows(held, sees[rank]))
         come, back = count(there[rank]) - stays, shape.counts[rank] - stays
-        keys = sum(sees[other][rank] for other in ranks if other != rank) * 2 * shape.kv_heads * shape.head
-        sums = sum(sees[rank][other] for other in ranks if other != rank) * 2 * shape.kv_heads * shape.summed
+        sent = sum(begun(r.stop) - begun(r.start) - ended(r.stop) + ended(r.start) for r in held) - own
+        keys = (count(sees[rank]) - own) * 2 * shape.kv_heads * shape.head
+        sums = sent * 2 * shape.kv_heads * shape.summed
         out.append(Traffic(come * routed + keys + back * query, come * query + keys + sums + back * routed))
     return out
+
+
+def _rising(points: Iterable[int]) -> Callable[[int], int]:
+    """The sum over all points of how far a token lies beyond them."""
+    ordered = sorted(points)
+    below = list(accumulate(ordered, initial=0))
+
+    def beyond(token: int) -> int:
+        passed = bisect_left(ordered, token)
+        return passed * token - below[passed]
+
+    return beyond
 
 
 def _ring(shape: AttendShape) -> list[Traffic]:
@@ -213,8 +227,8 @@ def attend_traffic(form: str, shape: AttendShape) -> tuple[Traffic, ...]:
 
 def gathered(shape: AttendShape) -> int:
     """Bytes of keys, values and their gradients that a rank holds at once in the all-gather, at most."""
-    here, there = contiguous(shape.counts), arranged(shape.lengths, shape.counts)
-    tokens = max(sum(count(seen(shape.lengths, keys, own)) for keys in here) for own in there)
+    there = arranged(shape.lengths, shape.counts)
+    tokens = max(count(seen(shape.lengths, own)) for own in there)
     return tokens * 2 * shape.kv_heads * (shape.head + shape.summed)
 
 

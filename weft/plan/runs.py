@@ -7,9 +7,10 @@ Work is the number of keys that queries see: ``n (n + 1) / 2`` in a document of 
 """
 
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate, pairwise, product
+from itertools import accumulate, chain, pairwise, product
 from typing import NamedTuple
 
 SLACK = 20  # a rank may have 1/SLACK more than the mean before documents are cut to avoid it
@@ -74,15 +75,18 @@ def _ends(lengths: tuple[int, ...]) -> list[int]:
     return list(accumulate(lengths, initial=0))
 
 
-def _parts(lengths: Sequence[int], holding: Holding) -> Iterator[_Part]:
-    ends, row = _ends(tuple(lengths)), 0
+@lru_cache(maxsize=64)
+def _parts(lengths: tuple[int, ...], holding: Holding) -> list[_Part]:
+    ends, row = _ends(lengths), 0
+    parts: list[_Part] = []
     for run in holding:
         start, document = run.start, bisect_right(ends, run.start) - 1
         while start < run.stop:
             stop = min(run.stop, ends[document + 1])
             if stop > start:
-                yield _Part(document, start, stop, row)
+                parts.append(_Part(document, start, stop, row))
             row, start, document = row + stop - start, stop, document + 1
+    return parts
 
 
 def work(lengths: Sequence[int], holding: Holding) -> int:
@@ -92,7 +96,7 @@ def work(lengths: Sequence[int], holding: Holding) -> int:
     def below(tokens: int) -> int:
         return tokens * (tokens + 1) // 2
 
-    parts = _parts(lengths, holding)
+    parts = _parts(tuple(lengths), holding)
     return sum(below(p.stop - ends[p.document]) - below(p.start - ends[p.document]) for p in parts)
 
 
@@ -120,8 +124,11 @@ class _Shares:
             return None
         most = 1 + 1 / SLACK
         work, tokens = most * self._all_work / ranks - keys, most * self._all_tokens / ranks - length
-        room = [rank for rank in self.ranks if self.work[rank] <= work and self.tokens[rank] <= tokens]
-        return min(room, key=lambda rank: (self.tokens[rank], self.work[rank]), default=None)
+        shares = list(zip(self.tokens, self.work, self.ranks, strict=True))
+        least = min(shares)
+        if least[1] > work:
+            least = min((share for share in shares if share[1] <= work), default=least)
+        return least[2] if least[0] <= tokens and least[1] <= work else None
 
     def whole(self, rank: int, start: int, length: int) -> None:
         """Give a document to one rank."""
@@ -135,16 +142,18 @@ class _Shares:
         pairs = self._levelled(length // 2, length + 1)
         level = [work + n * (length + 1) for work, n in zip(self.work, pairs, strict=True)]
         first, stop = start, start + length
-        order = sorted(self.ranks, key=lambda rank: -level[rank])  # the lowest last: it has the middle
+        order = sorted(self.ranks, key=level.__getitem__, reverse=True)  # the lowest last: it has the middle
         for rank in order[:-1]:
-            self._give(rank, first, pairs[rank], 0)
-            self._give(rank, stop - pairs[rank], pairs[rank], pairs[rank] * (length + 1))
-            first, stop = first + pairs[rank], stop - pairs[rank]
+            if part := pairs[rank]:
+                self.runs[rank] += Run(first, part), Run(stop - part, part)
+                self.tokens[rank] += 2 * part
+                first, stop = first + part, stop - part
+            self.work[rank] = level[rank]
         self._give(order[-1], first, stop - first, (stop - first) * (length + 1) // 2)
 
     def _levelled(self, items: int, keys: int) -> list[int]:
         """``items`` of ``keys`` work each, dealt out so that the heaviest rank is as light as can be."""
-        order = sorted(self.ranks, key=lambda rank: self.work[rank])
+        order = sorted(self.ranks, key=self.work.__getitem__)
         below, level = 0, 0
         for n, rank in enumerate(order, 1):
             below += self.work[rank]
@@ -180,11 +189,13 @@ def balanced(lengths: Sequence[int], ranks: int) -> tuple[Holding, ...]:
 def joined(runs: Iterable[Run]) -> Holding:
     """The same rows in the same order, in as few runs as possible."""
     out: list[Run] = []
+    stop = -1
     for run in runs:
-        if out and out[-1].stop == run.start:
+        if run.start == stop:
             out[-1] = Run(out[-1].start, out[-1].length + run.length)
         else:
             out.append(run)
+        stop = run.start + run.length
     return tuple(out)
 
 
@@ -199,15 +210,19 @@ def arranged(lengths: tuple[int, ...], counts: tuple[int, ...]) -> tuple[Holding
     if KEPT * len(counts) * max(loads) <= (KEPT + 1) * sum(loads):
         return here
     shares = balanced(lengths, len(counts))
-    sent = [route(here, shares, rank).send for rank in ranks]
-    kept = {(rank, share): count(sent[rank][share]) for rank, share in product(ranks, ranks)}
+    parts, holders = tuple(chain(*here)), [rank for rank in ranks if here[rank]]
+    kept: Counter[tuple[int, int]] = Counter()
+    for share, own in enumerate(shares):
+        for part, _, _, length in _overlaps(own, parts):
+            kept[share, holders[part]] += length
     # Of equal ones the last ranks first: those whose queries see most hold the keys that are seen least.
-    order = sorted(kept, key=lambda pair: (-kept[pair], pair[1], -pair[0]))
-    owner: dict[int, int] = {}  # share of each rank
-    for rank, share in order:
-        if rank not in owner and share not in owner.values():
-            owner[rank] = share
-    return tuple(shares[owner[rank]] for rank in ranks)
+    order = sorted(kept, key=lambda pair: (-kept[pair], pair[0], -pair[1]))
+    free, owned = set(ranks), dict[int, int]()  # shares; share of each rank
+    for share, rank in chain(order, product(ranks, reversed(ranks))):
+        if share in free and rank not in owned:
+            free.remove(share)
+            owned[rank] = share
+    return tuple(shares[owned[rank]] for rank in ranks)
 
 
 def route(have: Sequence[Holding], want: Sequence[Holding], rank: int) -> Route:
@@ -215,56 +230,68 @@ def route(have: Sequence[Holding], want: Sequence[Holding], rank: int) -> Route:
 
     Both ends take the rows that two ranks exchange in the order of the pack.
     """
-    return Route(_meet(have[rank], want), _meet(want[rank], have))
+    return Route(
+        tuple(rows(have[rank], other) for other in want), tuple(rows(want[rank], other) for other in have)
+    )
 
 
-def _meet(mine: Holding, others: Sequence[Holding]) -> tuple[Holding, ...]:
-    """My rows that are tokens of each of the others."""
-    table = sorted((run.start, run.stop, other) for other, runs in enumerate(others) for run in runs)
-    starts = [start for start, _, _ in table]
-    out: list[list[Run]] = [[] for _ in others]
-    row = 0
-    for run in mine:
-        for i in range(max(0, bisect_right(starts, run.start) - 1), bisect_left(starts, run.stop)):
-            first, last = max(table[i][0], run.start), min(table[i][1], run.stop)
-            if first < last:
-                out[table[i][2]].append(Run(row + first - run.start, last - first))
-        row += run.length
-    return tuple(map(joined, out))
+def _overlaps(mine: Holding, other: Holding) -> Iterator[tuple[int, int, int, int]]:
+    """Tokens that both have, in order: the number of the other's run, my row, the first token, how many."""
+    i = row = 0
+    for start, length in mine:
+        stop = start + length
+        while i < len(other):
+            begin, size = other[i]
+            end = begin + size
+            if begin < stop and start < end:
+                first = max(start, begin)
+                yield i, row + first - start, first, min(stop, end) - first
+            if end > stop:  # it may reach into my next run
+                break
+            i += 1
+        row += length
 
 
 def rows(holding: Holding, tokens: Holding) -> Holding:
     """The rows of a holding at which it has these tokens."""
-    return _meet(holding, (tokens,))[0]
+    return joined(Run(row, length) for _, row, _, length in _overlaps(holding, tokens))
 
 
-def seen(lengths: Sequence[int], keys: Holding, queries: Holding) -> Holding:
-    """The tokens of ``keys`` that some query sees."""
-    last = {part.document: part.stop for part in _parts(lengths, queries)}
-    return joined(
-        Run(part.start, min(part.stop, last[part.document]) - part.start)
-        for part in _parts(lengths, keys)
-        if last.get(part.document, 0) > part.start
-    )
+def common(one: Holding, other: Holding) -> Holding:
+    """The tokens that both have."""
+    return joined(Run(first, length) for _, _, first, length in _overlaps(one, other))
+
+
+def seen(lengths: Sequence[int], queries: Holding) -> Holding:
+    """The tokens of the pack that some query sees: from the first of its document on."""
+    ends = _ends(tuple(lengths))
+    out: list[Run] = []
+    stop = -1
+    for run in queries:
+        first = ends[bisect_right(ends, run.start) - 1]
+        if first <= stop:
+            first = out.pop().start
+        stop = run.start + run.length
+        out.append(Run(first, stop - first))
+    return tuple(out)
 
 
 def pieces(lengths: Sequence[int], queries: Holding, keys: Holding) -> tuple[Piece, ...]:
     """The blocks of rows of two holdings in which queries see keys, in the order of the queries."""
-    of: dict[int, list[_Part]] = {}
-    for part in _parts(lengths, keys):
-        of.setdefault(part.document, []).append(part)
+    ends = _ends(tuple(lengths))
+    starts, stops = [run.start for run in keys], [run.stop for run in keys]
+    places = list(accumulate((run.length for run in keys), initial=0))
     out: list[Piece] = []
-    for query in _parts(lengths, queries):
-        for key in of.get(query.document, ()):
-            first, stop = max(query.start, key.start), min(query.stop, key.stop)
-            if query.stop <= key.start:
-                break
-            rows = Run(query.row + first - query.start, query.stop - first)
-            out.append(Piece(rows, Run(key.row, stop - key.start), first - key.start))
+    for document, start, stop, row in _parts(tuple(lengths), queries):
+        for i in range(bisect_right(stops, ends[document]), bisect_left(starts, stop)):
+            first = max(ends[document], starts[i])  # key
+            skipped = max(0, first - start)  # queries before it
+            block = Run(places[i] + first - starts[i], min(stop, stops[i]) - first)
+            out.append(Piece(Run(row + skipped, stop - start - skipped), block, start + skipped - first))
     return tuple(out)
 
 
 def shared(lengths: Sequence[int], holdings: Sequence[Holding]) -> bool:
-    """Whether some document has tokens on two ranks."""
-    held = [{part.document for part in _parts(lengths, holding)} for holding in holdings]
-    return sum(map(len, held)) > len(set[int]().union(*held))
+    """Whether some document has tokens on two ranks, which hold the whole pack."""
+    starts = set(_ends(tuple(lengths)))
+    return any(run.start not in starts for holding in holdings for run in holding)
