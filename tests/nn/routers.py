@@ -109,15 +109,8 @@ def routed(
     """
 
     def work(comm: Comm) -> tuple[Any, ...]:
-        own = deepcopy(router)
+        own = _laid_out(router, comm, cut, know_parts)
         part, segments, rows = _share(comm.rank, x, lengths, windows, cut)
-        if cut is not ONE:
-            size = len(cut.cp) * cut.tp
-            first = comm.rank // size * size
-            own.total = Summed("tokens", comm.group(range(first, first + size)))
-            own.everyone = Summed("batch", comm)
-        if know_parts:
-            own.parts = lambda total: _parts(total, cut)
         at = segments.start + (comm.rank // (len(cut.cp) * cut.tp)) * sum(lengths[0])
         places = torch.arange(at, at + segments.tokens)
         ctx = Context(segments, Replay(), rows=rows, places=places, seed=11)
@@ -130,27 +123,26 @@ def routed(
         assert own.weight.grad is not None
         s = choice.stats
         sums = torch.stack([s.balance, s.z, s.entropy, s.drop.double()]).detach()
-        return (
-            choice.weights.detach(),
-            choice.experts,
-            leaf.grad,
-            own.weight.grad,
-            sums,
-            s.counts,
-            choice.bound,
-        )
+        made = choice.weights.detach(), choice.experts, leaf.grad, own.weight.grad
+        return *made, sums, s.counts, choice.bound
 
-    found = run_threads(cut.ranks, work)
-    weights, experts, grads, weight_grads, sums, counts, bounds = zip(*found, strict=True)
-    return Result(
-        torch.cat(weights),
-        torch.cat(experts),
-        torch.cat(grads),
-        sum(weight_grads),
-        sum(sums).tolist(),
-        sum(counts).tolist(),
-        list(bounds),
-    )
+    found = zip(*run_threads(cut.ranks, work), strict=True)
+    weights, experts, grads, weight_grads, sums, counts, bounds = found
+    whole = (torch.cat(parts) for parts in (weights, experts, grads))
+    return Result(*whole, sum(weight_grads), sum(sums).tolist(), sum(counts).tolist(), list(bounds))
+
+
+def _laid_out(router: Router, comm: Comm, cut: Cut, know_parts: bool) -> Router:
+    """A copy of the router for one rank."""
+    own = deepcopy(router)
+    if cut is not ONE:
+        size = len(cut.cp) * cut.tp
+        first = comm.rank // size * size
+        own.total = Summed("tokens", comm.group(range(first, first + size)))
+        own.everyone = Summed("batch", comm)
+    if know_parts:
+        own.parts = lambda total: _parts(total, cut)
+    return own
 
 
 def _share(
