@@ -175,7 +175,8 @@ def on_paper(grid: Grid) -> Ledger:
         places=torch.empty(tokens, **integers),
     )
     with record(mesh.comm) as ledger:
-        objective(model, run, Totals((whole.tokens,) * depths, whole.tokens, 1.0), 8192)[0].backward()
+        totals = Totals((whole.tokens,) * depths, whole.tokens, 1.0)
+        objective(model, run, totals, 8192, full=whole.windows or whole.lengths)[0].backward()
     assert all(param.grad is not None for param in model.parameters())
     return ledger
 

@@ -17,7 +17,7 @@ from weft.parallel.comm import Comm, SingleComm
 from weft.parallel.mesh import mesh_of
 from weft.parallel.store import Store
 from weft.parallel.threads import run_threads
-from weft.spec.layout import LayoutConfig, PlanConfig, StoreConfig
+from weft.spec.layout import ExpertsConfig, LayoutConfig, PlanConfig, StoreConfig
 from weft.train.evaluate import Evaluation, evaluate
 
 START, LENGTHS, BYTES = 1, (9, 3, 20, 1, 14), 133
@@ -103,6 +103,26 @@ def test_layouts_read_the_same_tokens(layout: LayoutConfig) -> None:
         mesh = mesh_of(PlanConfig(decoder=layout), comm)
         model = assemble(config, "fp64", torch.device("cpu"), 3, mesh)
         Store(model, config.params(), "fp64", mesh)
+        windows = split.windows(16, 2, 2, part=mesh.reader, parts=mesh.layout.readers)
+        return evaluate(model, windows, mesh, chunk=5)
+
+    for result in run_threads(4, share):
+        assert result.tokens == sum(LENGTHS)
+        assert result.loss == pytest.approx(alone / sum(LENGTHS), rel=1e-12)
+
+
+@pytest.mark.parametrize("decoder", [LayoutConfig(dp=4), LayoutConfig(cp=2, dp=2)], ids=["dp", "cp"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_experts_of_other_ranks_read_the_same_tokens(decoder: LayoutConfig, padded: bool) -> None:
+    """Readers have different numbers of windows, some none, while their experts serve one another."""
+    split = tiny_split()
+    room = {"moe_capacity_factor": 8.0, "moe_pad_to_capacity": padded}  # nothing is dropped
+    config = replace(CONFIG, initializer_range=0.1, **room)
+    alone = direct(assemble(config, "fp64", torch.device("cpu"), 3), split, 16)
+
+    def share(comm: Comm) -> Evaluation:
+        mesh = mesh_of(PlanConfig(decoder=decoder, experts=ExpertsConfig(ep=4)), comm)
+        model = assemble(config, "fp64", torch.device("cpu"), 3, mesh)
         windows = split.windows(16, 2, 2, part=mesh.reader, parts=mesh.layout.readers)
         return evaluate(model, windows, mesh, chunk=5)
 

@@ -98,8 +98,7 @@ class Router(Linear):
         if ran is None and torch.is_grad_enabled() and not ctx.cache:
             ran = ctx.replay.ran[key] = Ran(self._frequency(experts, logits, ctx, key), forced)
         stats = None if ctx.cache else self._stats(logits, scores, experts, kept, ctx, ran)
-        bound = self._bound(ctx) if c.pad_to_capacity and not ctx.cache else None
-        return Choice(weights, experts if kept is None else record.clamp_min(-1), stats, bound)
+        return Choice(weights, experts if kept is None else record.clamp_min(-1), stats, self._bound(ctx))
 
     def _input(
         self, x: Float[Tensor, "tokens embed"], ctx: Context, key: str
@@ -197,13 +196,20 @@ class Router(Linear):
         c = self.config
         return capacity(tokens, c.capacity_factor, c.top_k, c.experts)
 
-    def _bound(self, ctx: Context) -> int:
-        """Rows that an expert can get from one rank: one number for all ranks and forward passes."""
+    def _bound(self, ctx: Context) -> int | None:
+        """Rows that an expert can get from one rank: one number for all ranks and forward passes.
+
+        None where ranks have not agreed on it: where one reads more than another, their own numbers differ.
+        """
+        if not self.config.pad_to_capacity or ctx.cache:
+            return None
         whole = ctx.segments.whole
-        full = ctx.full or whole.windows or whole.lengths
+        full = ctx.full or (whole.windows or whole.lengths if self.everyone.alone else ())
+        if not full:
+            return None
         if full not in self._bounds:
             counts = range(1, len(full) + 1)  # of samples: readers' shares differ
-            self._bounds[full] = max((self._rows(full[:count]) for count in counts), default=1)
+            self._bounds[full] = max(self._rows(full[:count]) for count in counts)
         return self._bounds[full]
 
     def _rows(self, windows: tuple[int, ...]) -> int:

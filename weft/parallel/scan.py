@@ -31,7 +31,7 @@ from weft.parallel.comm import Comm
 from weft.parallel.moves import Rows
 from weft.parallel.scan_runs import Left, Mixer, carry
 from weft.parallel.scan_state import Documents, documents, newest, share
-from weft.plan.context import SCAN_FORMS, ScanShape, choose_scan
+from weft.plan.context import SCAN_FORMS, ScanShape, choose_scan, scan_refusal
 
 
 class ContextScan(Scan):
@@ -239,11 +239,9 @@ class _Swap:
 
     def __init__(self, comm: Comm, cut: Cut, heads: int, sizes: tuple[int, int]) -> None:
         groups, ranks = sizes[0], comm.size
-        if heads % ranks or (groups % ranks and ranks % groups):
-            raise ValueError(
-                f"{heads} heads in {groups} groups cannot be shared by cp={ranks}: heads must be a multiple "
-                f"of cp, and groups a multiple or a divisor of it; use the form states"
-            )
+        refusal = scan_refusal("all_to_all", heads, groups, ranks)
+        if refusal:
+            raise ValueError(refusal)
         self.comm, self.counts = comm, cut.counts
         self.all_heads, self.all_sizes = heads, sizes
         self.heads, self.sizes = heads // ranks, (max(1, groups // ranks), sizes[1])

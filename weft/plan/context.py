@@ -196,17 +196,28 @@ ATTEND_FORMS = tuple(_ATTEND)
 
 def attend_refusal(form: str, heads: int, kv_heads: int, ranks: int) -> str:
     """Why attention cannot take this form; empty where it can."""
+    return _refusal("attend", form, heads, (kv_heads, "kv heads"), ranks, "ring or all_gather")
+
+
+def scan_refusal(form: str, heads: int, groups: int, ranks: int) -> str:
+    """Why a scan cannot take this form; empty where it can."""
+    return _refusal("scan", form, heads, (groups, "groups"), ranks, "states")
+
+
+def _refusal(slot: str, form: str, heads: int, shared: tuple[int, str], ranks: int, others: str) -> str:
+    """All heads of some tokens for all tokens of some heads: heads and what they share must be dealt out."""
+    count, name = shared
     if form != "all_to_all":
         return ""
     if heads % ranks:
         return (
-            f"attend: all_to_all gives each of {ranks} cp ranks as many heads, but there are {heads}; "
-            f"choose a cp that divides {heads}, or ring or all_gather"
+            f"{slot}: all_to_all gives each of {ranks} cp ranks as many heads, but there are {heads}; "
+            f"choose a cp that divides {heads}, or {others}"
         )
-    if kv_heads % ranks and ranks % kv_heads:
+    if count % ranks and ranks % count:
         return (
-            f"attend: all_to_all needs cp {ranks} and {kv_heads} kv heads of which one divides the other; "
-            "choose such a cp, or ring or all_gather"
+            f"{slot}: all_to_all needs cp {ranks} and {count} {name} of which one divides the other; "
+            f"choose such a cp, or {others}"
         )
     return ""
 
@@ -279,23 +290,6 @@ def _scan_all_to_all(shape: ScanShape) -> list[Traffic]:
 
 _SCAN: dict[str, Callable[[ScanShape], list[Traffic]]] = {"states": _states, "all_to_all": _scan_all_to_all}
 SCAN_FORMS = tuple(_SCAN)
-
-
-def scan_refusal(form: str, heads: int, groups: int, ranks: int) -> str:
-    """Why a scan cannot take this form; empty where it can."""
-    if form != "all_to_all":
-        return ""
-    if heads % ranks:
-        return (
-            f"scan: all_to_all gives each of {ranks} cp ranks as many heads, but there are {heads}; "
-            f"choose a cp that divides {heads}, or states"
-        )
-    if groups % ranks and ranks % groups:
-        return (
-            f"scan: all_to_all needs cp {ranks} and {groups} groups of which one divides the other; "
-            "choose such a cp, or states"
-        )
-    return ""
 
 
 def scan_traffic(form: str, shape: ScanShape) -> tuple[Traffic, ...]:

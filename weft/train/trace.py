@@ -95,17 +95,19 @@ def run_plan(plan: PlanConfig, ranks: int, step: Step) -> Trace:
         ConfigError: sizes that do not fill the ranks.
     """
     totals = count([join(step.samples)], SingleComm())
+    sizes = sorted((len(sample.tokens) for sample in step.samples), reverse=True)
 
     def work(comm: Comm) -> list[dict[Name, Piece]]:
         mesh = mesh_of(plan, comm)
         model = assemble(step.model, step.precision, torch.device("cpu"), step.seed, mesh)
         mine = share(len(step.samples), mesh.layout.readers, mesh.reader)
         batch = join(step.samples[mine.start : mine.stop])
+        full = tuple(sizes[: len(share(len(sizes), mesh.layout.readers, 0))])
         before = sum(len(sample.tokens) for sample in step.samples[: mine.start])
         run = to_device(batch, torch.device("cpu"), mesh)
         weights = _parameters(model, mesh, lambda tensor: tensor)
         recorder = _Recorder(model, mesh, len(run.tokens), before + run.segments.start)
-        loss, parts, _ = objective(model, run, totals, step.chunk, seed=step.seed)
+        loss, parts, _ = objective(model, run, totals, step.chunk, seed=step.seed, full=full)
         loss.backward()
         losses = {
             ("head", name): _piece(mesh.rank, torch.arange(1), torch.arange(1), part)
