@@ -30,6 +30,7 @@ bench: .venv/ready-dev
 	$(BIN)/python benchmarks/block_overhead.py
 	$(BIN)/python benchmarks/store_vs_fsdp2.py
 	$(BIN)/python benchmarks/async_save.py
+	$(BIN)/python benchmarks/pipeline_vs_torch.py
 	$(BIN)/python benchmarks/moe_vs_transformers.py
 	$(BIN)/python benchmarks/ops.py
 

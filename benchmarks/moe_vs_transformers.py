@@ -243,7 +243,7 @@ def measure(name: str, rounds: int, clock: Clock, peak: float, speed: float) -> 
 
 def layer_of(config: HybridConfig) -> MoE:
     """The one mixer of a model of this config."""
-    return assemble(config, "fp32", torch.device("cpu"), seed=0).layers[0].mixer
+    return assemble(config, "fp32", torch.device("cpu"), seed=0).layers["0"].mixer
 
 
 def profile(name: str) -> None:

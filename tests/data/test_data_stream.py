@@ -84,7 +84,7 @@ def test_evaluation_meets_every_token_once(one, two, seq_length, count, parts):
 
 def test_a_limited_evaluation_is_spread_over_the_split():
     split = make_split("valid", [make_stream([list(range(40))] * 10)])
-    batches = list(split.windows(8, 0, 2, limit=5))
+    batches = list(split.windows(8, 0, 2, limit=10))
     assert [b.samples for b in batches] == [(0, 5), (10, 15), (20, 25), (30, 35), (40, 45)]
     assert len(list(split.windows(8, 0, 2, limit=1000))) == 25
 

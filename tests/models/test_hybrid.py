@@ -85,7 +85,7 @@ def test_router_choices_are_replayed_and_not_chosen_again(monkeypatch: pytest.Mo
     totals = count([one], SingleComm())
     loss = objective(model, to_device(one), totals, chunk=16)[0]
     with torch.no_grad():
-        model.layers[1].mixer.router.bias.copy_(torch.linspace(5, -5, CONFIG.n_routed_experts))
+        model.layers["1"].mixer.router.bias.copy_(torch.linspace(5, -5, CONFIG.n_routed_experts))
     loss.backward()
     objective(reference, to_device(one), totals, chunk=16)[0].backward()
     for name, gradient in gradients(reference).items():

@@ -72,7 +72,7 @@ def trainer_of(
     def read(name: str, box: Box) -> Tensor:
         return values[name][box.within(Box.whole(values[name].shape))].clone()
 
-    mesh = mesh_of(plan, comm)
+    mesh = mesh_of(plan, comm, config)
     train = TrainConfig(
         train_iters=2,
         global_batch_size=samples,
@@ -126,7 +126,7 @@ def compared(trainer: Trainer, rows: list[dict[str, Any]], case: Case, samples: 
         error = (tensor - expected).abs().max().item() if tensor.numel() else 0.0
         if not error <= TOLERANCE:
             found.append(f"{name} {box}: {error:.3g}")
-    for name, tensor in tensors(trainer.model, trainer.model.config).items():
+    for name, tensor in tensors(trainer.model, trainer.model.config, trainer.mesh).items():
         if name.endswith("router.bias") and not torch.equal(tensor, want[f"buffer {name}"]):
             found.append(f"buffer {name}")
     return found + _missing(seen, want, trainer.comm)

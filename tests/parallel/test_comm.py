@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from itertools import permutations
 
 import pytest
@@ -105,6 +106,34 @@ def empty(comm: Comm) -> list:
     results = [pending.wait(), comm.all_gather(nothing), comm.all_gather(nothing, torch.zeros(0))]
     results += [comm.reduce_scatter(nothing), comm.all_to_all(nothing)]
     return [list(tensor.shape) for tensor in results]
+
+
+def around(comm: Comm) -> list:
+    """From each rank to the next and to itself: several under way in two groups, the last awaited first."""
+    groups, pending, results = (comm, comm.group(comm.ranks, "other")), [], []
+    here, to, source = comm.rank, (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    for dtype in [*DTYPES, torch.bool, torch.complex64]:
+        for turn in range(3):
+            for group in groups if me(comm) % 2 else groups[::-1]:
+                x = number(me(comm) + turn, 4, 2, dtype=dtype).T
+                out = {source: torch.empty(2, 4, dtype=dtype), here: torch.empty(8, dtype=dtype)}
+                pending.append(group.start_transfer({to: x, here: x}, out))
+                results.append(out)
+    for one in pending[::-1]:
+        one.wait()
+        one.wait()
+    return [str(out[place].flatten().tolist()) for out in results for place in (source, here)]
+
+
+def some(comm: Comm) -> list:
+    """Only the middle ranks take part; the ledger hears of what they receive, and who sends waits late."""
+    with record(comm) as ledger, comm.metadata() if comm.size < 4 else nullcontext():
+        out = torch.zeros(3)
+        if comm.rank == 1:
+            comm.start_transfer({2: torch.ones(3), 0: torch.ones(0)}, {}).wait()
+        if comm.rank == 2:
+            comm.start_transfer({}, {1: out, 0: torch.ones(0)}).wait()
+    return [[e.op, list(e.ranks), e.bytes, e.metadata] for e in ledger.entries] + [out.tolist()]
 
 
 def one_fails(comm: Comm, rank: int) -> None:
@@ -263,6 +292,75 @@ def test_different_collectives_are_told_apart() -> None:
         threads(2, work)
 
 
+def test_transfers_are_first_in_first_out() -> None:
+    results = threads(3, around)
+    for rank, found in enumerate(results):
+        expected = [
+            str(number(sender + turn, 4, 2, dtype=dtype).T.flatten().tolist())
+            for dtype in [*DTYPES, torch.bool, torch.complex64]
+            for turn in range(3)
+            for _ in range(2)
+            for sender in ((rank - 1) % 3, rank)
+        ]
+        assert found == expected
+
+
+def test_transfers_concern_only_their_ends() -> None:
+    nothing = [[0.0] * 3]
+    assert threads(4, some) == [nothing, nothing, [["transfer", [0, 1, 2, 3], 12, False], [1.0] * 3], nothing]
+    assert some(LedgerComm(2, 4)) == [["transfer", [0, 1, 2, 3], 12, False], [0.0] * 3]
+    assert threads(3, some)[2][0] == ["transfer", [0, 1, 2], 12, True]
+
+
+def test_a_sender_that_does_not_come_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    def work(comm: Comm) -> None:
+        if comm.rank == 1:
+            comm.group([2, 1]).start_transfer({}, {0: torch.zeros(3)}).wait()
+
+    told = (
+        r"rank 2 did not send within 0.2 s what rank 1 waits for: transfer 0 of 3 float32 in ranks \[2, 1\]"
+    )
+    with pytest.raises(TimeoutError, match=told):
+        threads(3, work, timeout=0.2)
+    assert "[rank 1] is at" in capsys.readouterr().err
+
+
+def test_both_ends_of_a_transfer_agree() -> None:
+    def work(comm: Comm) -> None:
+        x = torch.zeros(3 + comm.rank)
+        comm.start_transfer({1: x} if comm.rank == 0 else {}, {0: x} if comm.rank else {}).wait()
+
+    with pytest.raises(RuntimeError, match="rank 1 expects 4 float32 from rank 0, but is sent 3 float32"):
+        threads(2, work)
+
+
+def test_transfers_that_cannot_be() -> None:
+    x = torch.zeros(4)
+    for comm in (SingleComm(3), LedgerComm(1, 3).group([1, 2])):
+        own, size = comm.rank, comm.size
+        with pytest.raises(ValueError, match=rf"to or from places \[-1, {size}\] of a group of"):
+            comm.start_transfer({-1: x}, {size: x})
+        other = ({}, {own: x}), ({own: x}, {own: x[1:]}), ({own: x}, {own: x.int()})
+        for sends, receives in (({own: x}, {}), *other):
+            with pytest.raises(ValueError, match="of a transfer to itself; both ends must be alike"):
+                comm.start_transfer(sends, receives)
+        with pytest.raises(ValueError, match=r"receives from places \[0\] must be contiguous"):
+            comm.start_transfer({}, {0: x[::2]})
+
+
+def test_named_groups_are_apart() -> None:
+    def work(comm: Comm) -> list:
+        plain, one, other = (comm.group([1, 0], name) for name in ("", "a", "b"))
+        assert len({plain, one, other, comm}) == 4
+        assert comm.group([1, 0], "a") is one is other.group([1, 0], "a")
+        assert other.group([1, 0]) is plain
+        groups = (plain, one, other) if comm.rank else (other, one, plain)
+        found = {group: group.start_all_gather(torch.tensor(i)) for i, group in enumerate(groups)}
+        return [found[group].wait().tolist() for group in (plain, one, other)]
+
+    assert threads(2, work) == [[[0, 2], [1, 1], [2, 0]]] * 2
+
+
 # Processes.
 
 
@@ -271,7 +369,7 @@ def test_processes_equal_threads(processes: Gangs, size: int) -> None:
     assert processes(size).run(f"{HERE}:everything") == threads(size, everything)
 
 
-@pytest.mark.parametrize("work", [chain, orders, program, empty])
+@pytest.mark.parametrize("work", [chain, orders, program, empty, around, some])
 def test_programs_of_groups_equal_threads(processes: Gangs, work) -> None:
     assert processes(4).run(f"{HERE}:{work.__name__}") == threads(4, work)
 

@@ -92,7 +92,8 @@ def train(
         store.zero_grad()
         for seed in range(mesh.reader, micro, mesh.layout.readers):
             loss_of(model, seed).backward()
-            store.end_microbatch()
+            store.end_pass()
+            store.rest()
         store.reduce()
         norms.append(store.norm().item())
         if not first:
@@ -215,7 +216,8 @@ def test_parameters_are_whole_only_while_they_are_used(prefetch: int) -> None:
         for microbatch in range(3):
             assert not whole_units(model)
             loss_of(model, 0).backward()
-            store.end_microbatch()
+            store.end_pass()
+            store.rest()
             assert max(extra) == (prefetch if microbatch else 0)
         with torch.no_grad():
             loss_of(model, 1)
@@ -235,11 +237,13 @@ def test_bytes(ranks: int) -> None:
         model = build(mesh, mtp_num_depths=0, pattern="ME*-")
         store = Store(model, model.config.params(), "fp64", mesh)
         loss_of(model, 0).backward()  # the first microbatch teaches the order
-        store.end_microbatch()
+        store.end_pass()
+        store.rest()
         store.reduce()
         with record(comm) as ledger:
             loss_of(model, 0).backward()
-            store.end_microbatch()
+            store.end_pass()
+            store.rest()
             store.reduce()
             store.publish()
         shard = sum(flat.grad.nbytes for flat in store.flats)
@@ -345,7 +349,8 @@ def test_unit_used_twice_in_a_row(level: int) -> None:
         model, mesh = Twice(), mesh_of(layout(level), comm)
         store = Store(model, [dims(name) for name, _ in model.named_parameters()], "fp64", mesh)
         model(inputs(comm.rank)).backward()
-        store.end_microbatch()
+        store.end_pass()
+        store.rest()
         store.reduce()
         return {name: store.whole(name, lambda flat: flat.grad) for name in store.names}
 

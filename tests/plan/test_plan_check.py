@@ -205,7 +205,6 @@ def test_every_recipe_fits_one_process_and_can_run(name: str) -> None:
 @pytest.mark.parametrize(
     ("plan", "path"),
     [
-        ({"decoder": {"pp": 2}}, "plan.decoder.pp"),
         ({"decoder": {"ranks": "0-1"}}, "plan.decoder.ranks"),
         ({"decoder": {"tp": 2, "shard": {"vocab": "none"}}}, "plan.decoder.shard.vocab"),
     ],

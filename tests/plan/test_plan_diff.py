@@ -11,7 +11,7 @@ from tests.tiny import CONFIG
 from weft.config.load import from_dict
 from weft.plan.diff import diff, flat_boxes, moved
 from weft.plan.layout import Plan, of_experts, plan_of
-from weft.plan.units import stage_of, units
+from weft.plan.units import units
 from weft.spec.count import state_of
 from weft.spec.layout import PlanConfig
 
@@ -19,7 +19,7 @@ MODEL = replace(CONFIG, mamba_num_heads=8, num_attention_heads=8, moe_shared_exp
 
 
 def plan(world: int, experts: dict[str, Any] | None = None, **decoder: Any) -> Plan:
-    return plan_of(from_dict(PlanConfig, {"decoder": decoder, "experts": experts or {}}), world)
+    return plan_of(from_dict(PlanConfig, {"decoder": decoder, "experts": experts or {}}), world, MODEL)
 
 
 def elements(laid: Plan, rank: int, precision: str) -> tuple[dict[str, set[int]], dict[str, set[int]]]:
@@ -28,9 +28,9 @@ def elements(laid: Plan, rank: int, precision: str) -> tuple[dict[str, set[int]]
     state: dict[str, set[int]] = {}
     if rank not in laid.decoder.grid:
         return weights, state
-    stages, stage = laid.decoder.grid.size("pp"), laid.decoder.grid.index(rank, "pp")
+    stage = laid.position(rank)
     for unit in units(MODEL):
-        for name in (n for n in unit.names if stage_of(n, MODEL, stages) == stage):
+        for name in (n for n in unit.names if stage in laid.positions(n)):
             buffers: dict[object, list[tuple[str, int]]] = {}
             for spec in unit.specs:
                 numbers = np.arange(spec.numel).reshape(spec.shape)
@@ -38,7 +38,7 @@ def elements(laid: Plan, rank: int, precision: str) -> tuple[dict[str, set[int]]
                 for held in laid.held(spec, rank):
                     outer = numbers[tuple(map(slice, held.box.start, held.box.stop))]
                     local[tuple(map(slice, held.local.start, held.local.stop))] = outer
-                key = state_of(spec, precision), spec.decay, of_experts(spec), laid.cut(spec, rank)
+                key = state_of(spec, precision), spec.decay, of_experts(spec), laid.rests(spec, rank)
                 buffers.setdefault(key, []).extend((f"{name}.{spec.name}", int(n)) for n in local.flatten())
             for (_, _, _, (cuts, index)), members in buffers.items():
                 mine = np.array_split(np.arange(len(members)), cuts)[index]

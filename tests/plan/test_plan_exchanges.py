@@ -7,8 +7,9 @@ import pytest
 from tests.tiny import CONFIG
 from weft.config.load import from_dict
 from weft.plan.exchanges import exchanges
-from weft.plan.layout import plan_of
-from weft.plan.show import as_text, show
+from weft.plan.layout import plan_of_run
+from weft.plan.show import show
+from weft.plan.table import as_text
 from weft.recipes.stdlib_lm import stdlib_lm
 from weft.spec.layout import PlanConfig
 from weft.spec.run import RunConfig
@@ -36,16 +37,16 @@ def run_of(model: dict[str, object] | None = None, **plan: object) -> RunConfig:
 )
 def test_what_is_shared_is_exchanged(plan: dict, settings: list[str]) -> None:
     run = run_of(**plan)
-    found = list(exchanges(run, plan_of(run.plan, 4)))
+    found = list(exchanges(run, plan_of_run(run, 4)))
     assert [setting for _, setting, *_ in found] == settings
     assert all(sum(received[form]) > 0 for _, _, form, received, _ in found)
-    assert ("exchanges of a layer" in as_text(show(run, plan_of(run.plan, 4)))) == bool(settings)
+    assert ("exchanges of a layer" in as_text(show(run, plan_of_run(run, 4)))) == bool(settings)
 
 
 def test_what_is_set_is_taken_and_what_is_not_is_cheapest() -> None:
     run = run_of(decoder={"cp": 2, "attend": "ring"}, experts={"ep": 4})
-    attend, experts = list(exchanges(run, plan_of(run.plan, 4)))[1:]
+    attend, experts = list(exchanges(run, plan_of_run(run, 4)))[1:]
     assert attend[2] == "ring"
     assert sum(experts[3][experts[2]]) == min(map(sum, experts[3].values()))
     padded = run_of({"moe_capacity_factor": 1.0, "moe_pad_to_capacity": True}, experts={"ep": 4})
-    assert [form for *_, form, _, _ in exchanges(padded, plan_of(padded.plan, 4))] == ["all_to_all"]
+    assert [form for *_, form, _, _ in exchanges(padded, plan_of_run(padded, 4))] == ["all_to_all"]

@@ -8,9 +8,10 @@ import pytest
 
 from tests.tiny import CONFIG
 from weft.config.load import from_dict
-from weft.plan.layout import plan_of
+from weft.plan.layout import plan_of_run
 from weft.plan.picture import svg
-from weft.plan.show import as_text, bytes_words, show, summary
+from weft.plan.show import show, summary
+from weft.plan.table import as_text, bytes_words
 from weft.recipes.stdlib_lm import stdlib_lm
 from weft.spec.layout import PlanConfig
 from weft.spec.run import RunConfig
@@ -56,7 +57,7 @@ def lines(text: str) -> list[list[str]]:
 
 def test_golden() -> None:
     run = run_of(decoder={"tp": 2, "tp_embed": 2}, experts={"ep": 2})
-    text = as_text(show(run, plan_of(run.plan, 4)))
+    text = as_text(show(run, plan_of_run(run, 4)))
     assert lines(text)[: len(lines(GOLDEN))] == lines(GOLDEN)
     assert ["mixer.experts.up_proj", "8", "x", "12", "x", "8", "experts/ep,", "expert_mlp,", "latent"] in [
         line[:9] for line in lines(text)
@@ -66,7 +67,7 @@ def test_golden() -> None:
 
 def test_copies_and_shared_heads() -> None:
     run = run_of(decoder={"tp": 4})
-    found = [line for line in as_text(show(run, plan_of(run.plan, 8))).splitlines() if "qkv_proj" in line]
+    found = [line for line in as_text(show(run, plan_of_run(run, 8))).splitlines() if "qkv_proj" in line]
     assert found[0].split("  ")[-1].strip() == "2, 4"
     assert "heads/tp + kv_heads/tp (shared by 2), embed" in found[0]
 
@@ -74,7 +75,7 @@ def test_copies_and_shared_heads() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 12, 4096])
 def test_pictures_of_few_and_many(ranks: int) -> None:
     run = run_of(decoder={"tp": min(ranks, 2), "pp": 2 if ranks > 2 else 1})
-    plan = plan_of(run.plan, ranks)
+    plan = plan_of_run(run, ranks)
     drawn = ElementTree.fromstring(svg(plan))
     titles = [title.text for title in drawn.iter("{http://www.w3.org/2000/svg}title")]
     assert len(titles) == 1 + 2 * ranks
@@ -91,7 +92,7 @@ def test_pictures_of_few_and_many(ranks: int) -> None:
 
 def test_ranks_out_of_order_are_a_list() -> None:
     run = run_of(decoder={"ranks": "2-3,0-1", "tp": 2})
-    text = as_text(show(run, plan_of(run.plan, 4)))
+    text = as_text(show(run, plan_of_run(run, 4)))
     assert "place in the list of ranks = 2 x dp + tp" in text
     assert ["dp", "0", "2", "3"] in lines(text)
 

@@ -59,11 +59,11 @@ def test_a_file_is_the_whole_section(tmp_path: Path) -> None:
 
 def test_a_wrong_file_is_blamed_line_by_line(tmp_path: Path) -> None:
     file = tmp_path / "wrong.yaml"
-    file.write_text("decoder:\n  t_p: 2\n  tp: two\nschedule: {kind: 1f1b}\n")
+    file.write_text("decoder:\n  t_p: 2\n  tp: two\nscheduel: {kind: 1f1b}\n")
     with pytest.raises(ConfigError) as caught:
         run_with(f"plan={file}")
     assert [str(problem) for problem in caught.value.problems] == [
-        "plan.schedule: unknown name; plan has decoder, experts (wrong.yaml:4)",
+        "plan.scheduel: unknown name; did you mean plan.schedule? (wrong.yaml:4)",
         "plan.decoder.t_p: unknown name; did you mean plan.decoder.tp? (wrong.yaml:2)",
         "plan.decoder.tp: expected a whole number of at least 1, not 'two' (wrong.yaml:3)",
     ]
@@ -138,10 +138,8 @@ def test_a_plan_that_does_not_fit(
 
 
 def test_training_refuses_what_is_only_planned(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "stdlib_lm", "--ranks", "2", "plan.decoder.pp=2"]) == 0
-    assert (
-        "planned, not run by this version:\n  plan.decoder.pp: 2 pipeline stages" in capsys.readouterr().out
-    )
+    assert main(["plan", "stdlib_lm", "--ranks", "4", "plan.decoder.ranks=0-1"]) == 0
+    assert "planned, not run by this version:\n  plan.decoder.ranks: 2 of the 4" in capsys.readouterr().out
 
 
 def test_training_stops_before_torch() -> None:
@@ -175,6 +173,43 @@ def test_difference_picture_and_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert out.endswith(f"torchrun --nproc-per-node=4 -m weft train stdlib_lm plan={kept}\n")
     assert main(["plan", "stdlib_lm", "--ranks", "4", f"plan={kept}", "--diff", str(kept)]) == 0
     assert "the other plan is the same" in capsys.readouterr().out
+
+
+def test_a_pipeline_in_a_row_and_as_a_timeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "plan.decoder.pp=2 plan.schedule.kind=zbv train.micro_batch_size=1 train.global_batch_size=8"
+    file = tmp_path / "drawn" / "timeline.svg"
+    assert main(["plan", "stdlib_lm", "--ranks", "2", *words.split(), "--timeline", str(file)]) == 0
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if line.startswith("schedule"))
+    assert row.startswith("schedule  zbv, 4 stages on 2 ranks, 8 microbatches, bubble ")
+    assert f"timeline drawn in {file}\n" in out
+    assert "simulated by FLOPs: zbv" in file.read_text()
+
+
+DEADLOCK = "F(0,0) B(0,0) W(0,0) F(0,1) B(0,1) W(0,1)\nF(1,0) F(1,1) B(1,0) W(1,0) B(1,1) W(1,1)\n"
+
+
+def test_ranks_that_would_wait_for_each_other_are_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, picture = tmp_path / "lists.txt", tmp_path / "cycle.svg"
+    file.write_text(DEADLOCK)
+    words = f"plan.decoder.pp=2 plan.schedule.kind=file plan.schedule.file={file} "
+    words += "train.micro_batch_size=1 train.global_batch_size=2"
+    command = ["plan", "stdlib_lm", "--ranks", "2", *words.split()]
+    assert main(command) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert err[1] == "  plan.schedule.file: ranks wait for each other:"
+    assert err[2].startswith("      rank 0 WAIT(0<1,0)")
+    draw = f"    draw them: weft plan stdlib_lm {words} --ranks 2 --picture cycle.svg"
+    assert err[-1] == draw
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", "stdlib_lm", *words.split()]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == draw
+    assert not picture.exists()
+    assert main([*command, "--picture", str(picture)]) == 2
+    assert capsys.readouterr().err.endswith(f"\n    they are drawn in {picture}\n")
+    assert "Ranks 0, 1 wait for each other" in picture.read_text()
 
 
 def test_another_number_of_ranks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -184,7 +184,7 @@ def test_a_wrong_gradient_of_a_parameter(monkeypatch: pytest.MonkeyPatch) -> Non
     """Readers each have a summand of it, so all of them are named."""
 
     def change(model: HybridLM) -> None:
-        model.layers[0].mixer.D.register_hook(lambda grad: 2 * grad)
+        model.layers["0"].mixer.D.register_hook(lambda grad: 2 * grad)
 
     planted(monkeypatch, 1, change)
     fault = found(dp=2)
@@ -223,7 +223,7 @@ def test_wrong_weights_of_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def change(model: HybridLM) -> None:
         with torch.no_grad():
-            model.layers[2].mixer.qkv_proj.weight[-1, 3] += 1e-3
+            model.layers["2"].mixer.qkv_proj.weight[-1, 3] += 1e-3
 
     planted(monkeypatch, 3, change)
     fault = found(tp=4)

@@ -90,23 +90,42 @@ LAYOUTS = {
     "tensor": LayoutConfig(tp=2, dp=2),
     "three-dimensional": LayoutConfig(tp=2, tp_embed=2),
     "parameters cut, some readers without windows": LayoutConfig(dp=4, store=StoreConfig(level=3)),
+    "stages": LayoutConfig(pp=2, dp=2),
+    "many stages": LayoutConfig(pp=4, store=StoreConfig(level=3)),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
-def test_layouts_read_the_same_tokens(layout: LayoutConfig) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_layouts_read_the_same_tokens(layout: LayoutConfig, count: int) -> None:
     split = tiny_split()
     config = replace(CONFIG, initializer_range=0.1)
     alone = direct(assemble(config, "fp64", torch.device("cpu"), 3), split, 16)
 
     def share(comm: Comm) -> Evaluation:
-        mesh = mesh_of(PlanConfig(decoder=layout), comm)
+        mesh = mesh_of(PlanConfig(decoder=layout), comm, config)
         model = assemble(config, "fp64", torch.device("cpu"), 3, mesh)
         Store(model, config.params(), "fp64", mesh)
-        windows = split.windows(16, 2, 2, part=mesh.reader, parts=mesh.layout.readers)
+        windows = split.windows(16, 2, count, part=mesh.reader, parts=mesh.layout.readers)
         return evaluate(model, windows, mesh, chunk=5)
 
     for result in run_threads(4, share):
+        assert result.tokens == sum(LENGTHS)
+        assert result.loss == pytest.approx(alone / sum(LENGTHS), rel=1e-12)
+
+
+def test_stages_of_different_layouts_read_the_same_tokens() -> None:
+    """Two readers on one pipeline rank, four on the other."""
+    split, config = tiny_split(), replace(CONFIG, initializer_range=0.1, pattern="M-E*", mtp_num_depths=0)
+    alone = direct(assemble(config, "fp64", torch.device("cpu"), 3), split, 16)
+
+    def share(comm: Comm) -> Evaluation:
+        mesh = mesh_of(PlanConfig(decoder=LayoutConfig(pp=2, tp_of_stages=(2, 1))), comm, config)
+        model = assemble(config, "fp64", torch.device("cpu"), 3, mesh)
+        windows = split.windows(16, 0, 3, part=mesh.reader, parts=mesh.layout.readers)
+        return evaluate(model, windows, mesh, chunk=5)
+
+    for result in run_threads(8, share):
         assert result.tokens == sum(LENGTHS)
         assert result.loss == pytest.approx(alone / sum(LENGTHS), rel=1e-12)
 

@@ -50,18 +50,19 @@ def _materialize(
     values: Callable[[ParamSpec, Box], Tensor],
     mesh: Mesh | None,
 ) -> HybridLM:
-    model = HybridLM(config, mesh.localize) if mesh else HybridLM(config)
-    for spec in config.params():
+    model = HybridLM(config, mesh.localize, mesh.has) if mesh else HybridLM(config)
+    specs = [spec for spec in config.params() if mesh is None or mesh.has(spec.name)]
+    for spec in specs:
         place, name = _place(model, spec.name)
         value = (_local(spec, values, mesh) if mesh else values(spec, Box.whole(spec.shape))).to(device)
         if spec.buffer:
             place.register_buffer(name, value)
         else:
             setattr(place, name, nn.Parameter(value))
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings and "head" in model.units():
         model.head.weight = model.embed.weight
     if mesh:
-        fill(model, config.params(), mesh)
+        fill(model, specs, mesh)
         model.rows = mesh.rows
     return model
 
@@ -82,10 +83,10 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), leaf
 
 
-def tensors(model: nn.Module, config: HybridConfig) -> Mapping[str, Tensor]:
-    """The live tensors of a model by spec name: what a checkpoint holds."""
+def tensors(model: nn.Module, config: HybridConfig, mesh: Mesh | None = None) -> Mapping[str, Tensor]:
+    """The live tensors of a model by spec name: what a checkpoint holds; with a mesh what this rank holds."""
     found: dict[str, Tensor] = {}
-    for spec in config.params():
+    for spec in (spec for spec in config.params() if mesh is None or mesh.has(spec.name)):
         place, name = _place(model, spec.name)
         found[spec.name] = getattr(place, name).detach()
     return found

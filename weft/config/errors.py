@@ -39,7 +39,14 @@ class ConfigError(WeftError):
         self.problems = tuple(problems)
         count = len(self.problems)
         head = f"{count} problem{'s' if count != 1 else ''} in the configuration:"
-        super().__init__("\n".join([head, *(f"  {p}" for p in self.problems)]))
+        lines = (line for problem in self.problems for line in _indented(str(problem)))
+        super().__init__("\n".join([head, *lines]))
+
+
+def _indented(text: str) -> list[str]:
+    """The lines of a problem, those after the first under it."""
+    first, *rest = text.splitlines() or [""]
+    return [f"  {first}", *(f"    {line}" for line in rest)]
 
 
 class DataError(WeftError):

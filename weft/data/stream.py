@@ -15,8 +15,9 @@ from math import ceil
 import numpy as np
 from jaxtyping import Int64, Integer
 
-from weft.data.batch import Batch, join
+from weft.data.batch import Batch, empty, join
 from weft.data.indexed import Bounds
+from weft.plan.shard import share
 
 
 @dataclass(frozen=True)
@@ -115,20 +116,22 @@ class Split:
     def windows(
         self, seq_length: int, depths: int, count: int, *, part: int = 0, parts: int = 1, limit: int = 0
     ) -> Iterator[Batch]:
-        """Every token of the split exactly once as a target, in order, ``count`` windows a batch.
+        """Every token of the split exactly once as a target, in order, ``count`` windows at a time.
 
-        The last window of each stream is shorter; ``samples`` are window numbers. Of ``parts`` equal shares
-        this gives batches ``part, part + parts, ...``. A ``limit`` takes that many batches (all shares
-        together) of windows spread evenly over the split: a quick estimate.
+        The last window of each stream is shorter; ``samples`` are window numbers. Of each ``count`` windows
+        this gives one of ``parts`` shares, which may be empty. A ``limit`` takes so many windows, spread
+        evenly over the split: a quick estimate.
         """
         starts = [0]
         for stream in self.streams:
             starts.append(starts[-1] + ceil(stream.tokens / seq_length))
         total = starts[-1]
-        take = min(total, limit * count) if limit else total
-        for head in range(part * count, take, parts * count):
-            numbers = [i * total // take for i in range(head, min(head + count, take))]
-            yield join([self._window(n, starts, seq_length, depths) for n in numbers])
+        take = min(total, limit) if limit else total
+        for head in range(0, take, count):
+            own = share(min(count, take - head), parts, part)
+            numbers = [(head + i) * total // take for i in own]
+            windows = [self._window(n, starts, seq_length, depths) for n in numbers]
+            yield join(windows) if windows else empty(depths + 1)
 
     def _window(self, number: int, starts: list[int], seq_length: int, depths: int) -> Batch:
         which = bisect_right(starts, number) - 1

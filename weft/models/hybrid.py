@@ -1,6 +1,6 @@
 """The hybrid language model: token table, residual layers, final norm, head, MTP depths."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -88,33 +88,49 @@ class HybridLM(Layer):
     Args:
         config: the whole model.
         local: each layer's config as one rank computes it; the same by default.
+        has: whether a unit is here (a pipeline rank has some of them); all are by default.
 
     Attributes:
         rows: of so many tokens, those whose whole features this rank has (see ``Context.rows``).
     """
 
-    def __init__(self, config: HybridConfig, local: Localize = _whole) -> None:
+    def __init__(
+        self, config: HybridConfig, local: Localize = _whole, has: Callable[[str], bool] = lambda unit: True
+    ) -> None:
         super().__init__()
         self.config = config
         self.rows: Callable[[int], slice] = lambda tokens: slice(None)
-        self.embed = Embedding(config.embedding)
-        self.layers = nn.ModuleList(Block(local(block)) for block in config.blocks)
-        self.norm = RMSNorm(local(config.norm))
-        self.head = Head(config.embedding)
-        if config.tie_word_embeddings:
-            self.head.weight = self.embed.weight
-        self.mtp = nn.ModuleList(MTPDepth(depth, local) for depth in config.mtp)
+        if has("embed"):
+            self.embed = Embedding(config.embedding)
+        blocks = {f"layers.{i}": block for i, block in enumerate(config.blocks)}
+        here = {name: Block(local(block)) for name, block in blocks.items() if has(name)}
+        self.layers = nn.ModuleDict({name.removeprefix("layers."): layer for name, layer in here.items()})
+        if has("head"):
+            self.norm = RMSNorm(local(config.norm))
+            self.head = Head(config.embedding)
+            if config.tie_word_embeddings:
+                self.head.weight = self.embed.weight
+        depths = config.mtp if has("mtp") else ()
+        self.mtp = nn.ModuleList(MTPDepth(depth, local) for depth in depths)
 
     def units(self) -> dict[str, nn.Module]:
         """Modules whose parameters rest and move together, by name, in the order of use."""
-        units: dict[str, nn.Module] = {"embed": self.embed}
-        units |= {f"layers.{i}": layer for i, layer in enumerate(self.layers)}
-        units |= {"norm": self.norm, "head": self.head}
+        units: dict[str, nn.Module] = {}
+        for name, module in self.named_children():
+            if name == "layers":
+                units |= {f"layers.{i}": layer for i, layer in module.named_children()}
+            elif name != "mtp":
+                units[name] = module
         for i, depth in enumerate(self.mtp):
             units[f"mtp.{i}"] = depth
             layers = depth.get_submodule("layers").children()
             units |= {f"mtp.{i}.layers.{j}": layer for j, layer in enumerate(layers)}
         return units
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
 
     def context(self, segments: Segments, **known: Any) -> Context:
         """One forward pass over these documents; ``known`` are further fields of the context."""
@@ -122,10 +138,15 @@ class HybridLM(Layer):
 
     def hidden(self, tokens: Int[Tensor, " tokens"], ctx: Context) -> Float[Tensor, "rows width"]:
         """States after the final norm, which the head (and MTP) read; under a layout this rank's part."""
-        x = self.embed(tokens)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, ctx, f"layers.{i}")
-        return self.norm(x)
+        return self.norm(self.through(self.embed(tokens), range(len(self.layers)), ctx))
+
+    def through(
+        self, x: Float[Tensor, "rows width"], layers: Iterable[int], ctx: Context
+    ) -> Float[Tensor, "rows width"]:
+        """The residual stream after some of the main layers."""
+        for i in layers:
+            x = self.layers[str(i)](x, ctx, f"layers.{i}")
+        return x
 
     def ahead(
         self,
@@ -161,7 +182,20 @@ class HybridLM(Layer):
             scales: factor of each summed loss (one over the global number of its targets).
             chunk: tokens whose logits exist at a time.
         """
-        states = [self.hidden(tokens, ctx)]
+        hidden = self.through(self.embed(tokens), range(len(self.layers)), ctx)
+        return self.end(hidden, future, mask, ctx, scales, chunk)
+
+    def end(
+        self,
+        x: Float[Tensor, "rows width"],
+        future: Int[Tensor, "ahead tokens"],
+        mask: Tensor,
+        ctx: Context,
+        scales: Sequence[float],
+        chunk: int = 1024,
+    ) -> Losses:
+        """``losses``, from the residual stream after the main layers on."""
+        states = [self.norm(x)]
         states += self.ahead(states[0], future, ctx)
         sums = self.head(states, future.masked_fill(~mask, -1), scales, chunk)
         return Losses(sums[0], tuple(sums[1:]), ctx.stats, ctx.replay.choices)

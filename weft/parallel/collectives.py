@@ -6,7 +6,7 @@ A back end supplies the exchange of flat buffers.
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,14 +18,20 @@ from weft.parallel.comm import (
     Comm,
     Pending,
     SingleComm,
+    Transfer,
     check_members,
     check_parts,
     check_rows,
+    check_transfer,
+    copy_own,
     destination,
 )
 
 Listener = Callable[[str, tuple[int, ...], int, bool], None]
-"""Told of each collective of this rank: its name, world ranks, bytes received, whether metadata."""
+"""Told of each collective of this rank: its name, world ranks, bytes received, whether metadata.
+
+Of transfers, of each tensor that is received.
+"""
 
 
 def received(op: str, size: int, whole: int) -> int:
@@ -42,12 +48,12 @@ class Family:
     """What a communicator shares with its sub-groups on one rank.
 
     Attributes:
-        groups: every communicator made so far, by its world ranks.
+        groups: every communicator made so far, by its world ranks and its name.
         listeners: who is told of collectives.
         metadata: whether what runs now carries host values rather than tensors of the model.
     """
 
-    groups: dict[tuple[int, ...], Comm] = field(default_factory=dict)
+    groups: dict[tuple[tuple[int, ...], str], Comm] = field(default_factory=dict)
     listeners: list[Listener] = field(default_factory=list)
     metadata: bool = False
 
@@ -63,8 +69,7 @@ class Collectives(ABC):
 
     def __init__(self, rank: int, ranks: Sequence[int], family: Family | None = None) -> None:
         self.rank, self.ranks, self.size = rank, tuple(ranks), len(ranks)
-        self.family = family or Family()
-        self.family.groups[self.ranks] = self
+        self.family = family or Family({(self.ranks, ""): self})
 
     @abstractmethod
     def _exchange(self, op: str, source: Tensor, out: Tensor) -> Callable[[], object]:
@@ -80,7 +85,11 @@ class Collectives(ABC):
         """Begin to exchange flat buffers, ``send[i]`` elements to rank i; the callable completes ``out``."""
 
     @abstractmethod
-    def _split(self, rank: int, ranks: tuple[int, ...]) -> Comm:
+    def _transfer(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Callable[[], object]:
+        """Begin a transfer of flat, contiguous, non-empty buffers with others; the callable completes it."""
+
+    @abstractmethod
+    def _split(self, rank: int, ranks: tuple[int, ...], name: str) -> Comm:
         """A communicator of several ranks, in our family."""
 
     @abstractmethod
@@ -124,6 +133,17 @@ class Collectives(ABC):
 
         return Pending(finish)
 
+    def start_transfer(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Transfer:
+        """Send tensors to ranks of this group and fill others from them, all at once; asynchronous."""
+        check_transfer(sends, receives, self.rank, self.ranks)
+        copy_own(sends, receives, self.rank)
+
+        def travelling(tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
+            others = ((peer, tensor) for peer, tensor in tensors.items() if peer != self.rank)
+            return {peer: tensor.detach().reshape(-1) for peer, tensor in others if tensor.numel()}
+
+        return Transfer(self._transfer(travelling(sends), travelling(receives)))
+
     def start_all_reduce(self, tensor: Tensor) -> Pending:
         """``all_reduce``, asynchronous."""
         dense = tensor.detach().contiguous()
@@ -158,15 +178,15 @@ class Collectives(ABC):
 
         return Pending(finish)
 
-    def group(self, ranks: Sequence[int]) -> Comm:
+    def group(self, ranks: Sequence[int], name: str = "") -> Comm:
         """The communicator of these world ranks, in this order; the same object whenever asked for."""
         members, own = tuple(ranks), self.ranks[self.rank]
         check_members(members, own)
-        if members not in self.family.groups:
+        if (members, name) not in self.family.groups:
             single = len(members) == 1
-            made = SingleComm(own) if single else self._split(members.index(own), members)
-            self.family.groups[members] = made
-        return self.family.groups[members]
+            made = SingleComm(own) if single else self._split(members.index(own), members, name)
+            self.family.groups[members, name] = made
+        return self.family.groups[members, name]
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Values in rank order: lengths first, then the texts, filled up to the longest."""
@@ -213,3 +233,8 @@ class Collectives(ABC):
     def note_parts(self, out: Tensor, receive: Sequence[int]) -> None:
         """Tell them of an uneven exchange with ``receive[j]`` elements of ``out`` from rank j."""
         self.note("all_to_all", (sum(receive) - receive[self.rank]) * out.element_size())
+
+    def note_received(self, receives: Mapping[int, Tensor]) -> None:
+        """Tell them of what a transfer receives."""
+        for tensor in receives.values():
+            self.note("transfer", tensor.nbytes)

@@ -9,7 +9,7 @@ processes does not travel between threads either.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
@@ -32,13 +32,26 @@ class Pending:
         return self._result
 
 
+class Transfer:
+    """Tensors on their way between ranks; they belong to it until ``wait``."""
+
+    def __init__(self, finish: Callable[[], object]) -> None:
+        self._finish: Callable[[], object] | None = finish
+
+    def wait(self) -> None:
+        """Until what we receive is here and what we send may be reused; a second call does nothing."""
+        if self._finish is not None:
+            self._finish()
+            self._finish = None
+
+
 @runtime_checkable
 class Comm(Protocol):
     """A group of ranks that compute together.
 
-    Members call the same collectives in the same order. Inputs may be of any strides. The ``start_`` forms
-    return at once; neither input nor output may be touched before ``wait``. With one rank, results may share
-    memory with inputs.
+    Members call the same collectives in the same order; a transfer concerns only those at its ends. Inputs
+    may be of any strides. The ``start_`` forms return at once; neither input nor output may be touched before
+    ``wait``. With one rank, results may share memory with inputs.
 
     Attributes:
         rank: our place in this group.
@@ -83,6 +96,24 @@ class Comm(Protocol):
         """``all_to_all_v``, asynchronous."""
         ...
 
+    def start_transfer(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Transfer:
+        """Send tensors to ranks of this group and fill others from them, all at once; asynchronous.
+
+        Between two ranks, in one direction, first in is first out: the k-th that is sent fills the k-th that
+        is to be received, whichever is waited for first, and both have as many elements of one dtype. Empty
+        ones do not travel. What goes to ourselves is copied before this returns. A transfer may wait for its
+        peers to start theirs. Processes do not check that both ends have as many elements.
+
+        Args:
+            sends: by the place of the rank that gets it; any strides.
+            receives: by the place of the rank that it comes from; contiguous, filled.
+
+        Raises:
+            ValueError: a peer that is not in the group, a receive that is not contiguous, or something from
+                us to us of which only one end is given or whose ends differ.
+        """
+        ...
+
     def metadata(self) -> AbstractContextManager[None]:
         """What runs inside carries host values (counts, indices) rather than tensors of the model."""
         ...
@@ -99,10 +130,11 @@ class Comm(Protocol):
         """``reduce_scatter``, asynchronous."""
         ...
 
-    def group(self, ranks: Sequence[int]) -> "Comm":
+    def group(self, ranks: Sequence[int], name: str = "") -> "Comm":
         """The communicator of these world ranks, in this order; the same object whenever it is asked for.
 
-        Called by its members only, in the same order by those that share several groups.
+        Called by its members only, in the same order by those that share several groups. Groups of one
+        name are apart from those of another: neither order nor time of what they do need agree.
 
         Raises:
             ValueError: we are not among them, or one is twice among them.
@@ -169,6 +201,12 @@ class SingleComm:
         result = self.all_to_all_v(rows, send, receive)
         return Pending(lambda: result)
 
+    def start_transfer(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Transfer:
+        """What goes to ourselves is copied; there is nobody else."""
+        check_transfer(sends, receives, 0, self.ranks)
+        copy_own(sends, receives, 0)
+        return Transfer(lambda: None)
+
     def metadata(self) -> AbstractContextManager[None]:
         """Nothing is counted."""
         return nullcontext()
@@ -187,7 +225,7 @@ class SingleComm:
         result = self.reduce_scatter(tensor)
         return Pending(lambda: result)
 
-    def group(self, ranks: Sequence[int]) -> Comm:
+    def group(self, ranks: Sequence[int], name: str = "") -> Comm:
         """Itself: there are no other ranks."""
         check_members(ranks, self.ranks[0])
         if tuple(ranks) != self.ranks:
@@ -232,6 +270,33 @@ def check_parts(rows: Tensor, send: Sequence[int], receive: Sequence[int], rank:
             f"{len(rows)} rows cannot be sent as {list(send)} and received as {list(receive)} by rank {rank} "
             f"of {size}: one count for each rank, all rows sent, its own part the same in both"
         )
+
+
+def check_transfer(
+    sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], rank: int, ranks: tuple[int, ...]
+) -> None:
+    """Refuse peers that the group does not have, receives with gaps, and half a transfer to ourselves."""
+    beyond = sorted(peer for peer in {*sends, *receives} if not 0 <= peer < len(ranks))
+    if beyond:
+        raise ValueError(
+            f"rank {ranks[rank]} transfers to or from places {beyond} of a group of {len(ranks)}: ranks "
+            f"{list(ranks)} have the places 0 to {len(ranks) - 1}"
+        )
+    gaps = sorted(peer for peer, tensor in receives.items() if not tensor.is_contiguous())
+    if gaps:
+        raise ValueError(f"what rank {ranks[rank]} receives from places {gaps} must be contiguous")
+    own = [one[rank] for one in (sends, receives) if rank in one]
+    forms = [f"{tensor.numel()} {tensor.dtype}" for tensor in own]
+    if len(own) == 1 or len(set(forms)) > 1:
+        raise ValueError(
+            f"rank {ranks[rank]} gives {' and '.join(forms)} of a transfer to itself; both ends must be alike"
+        )
+
+
+def copy_own(sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], rank: int) -> None:
+    """Copy what goes to ourselves."""
+    if rank in sends:
+        receives[rank].detach().view(-1).copy_(sends[rank].detach().reshape(-1))
 
 
 def check_members(ranks: Sequence[int], own: int) -> None:

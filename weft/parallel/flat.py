@@ -6,7 +6,7 @@ its *shard*: the one tensor that the optimizer sees. With one rank in the group 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -173,19 +173,15 @@ class Flat:
                     if start < stop:
                         yield Run(start + moved, stop + moved, ranks)
 
-    def sum_copies(self, group: Callable[[tuple[int, ...]], Comm]) -> None:
-        """Sum the gradient over the ranks that have the same elements; one collective per set of ranks."""
+    def sum_copies(self, group: Callable[[tuple[int, ...]], Comm]) -> list[Callable[[], None]]:
+        """Sum the gradient over the ranks that have the same elements; one collective per set of ranks.
+
+        All are under way; call what is returned, in order, to have the sums.
+        """
         sets: dict[tuple[int, ...], list[Tensor]] = {}
         for run in self.runs:
             sets.setdefault(run.ranks, []).append(self.grad[run.start : run.stop])
-        for ranks, parts in sets.items():
-            if len(ranks) == 1:
-                continue
-            together = parts[0] if len(parts) == 1 else torch.cat(parts)
-            group(ranks).all_reduce(together)
-            if len(parts) > 1:
-                for part, total in zip(parts, together.split([len(part) for part in parts]), strict=True):
-                    part.copy_(total)
+        return [_summing(group(ranks), parts) for ranks, parts in sets.items() if len(ranks) > 1]
 
     def square(self) -> Tensor:
         """Sum of the squares of the gradient that this rank counts, as float64."""
@@ -213,6 +209,19 @@ class Flat:
                 place = Box(tuple(at - local + start for at, local, start in moves), inner.shape)
                 owned = common.ranks[0] == self.rank
                 yield Stored(slot.spec.name, tensor[inner.within(box)], place, slot.spec.shape, owned)
+
+
+def _summing(comm: Comm, parts: list[Tensor]) -> Callable[[], None]:
+    together = parts[0] if len(parts) == 1 else torch.cat(parts)
+    pending = comm.start_all_reduce(together)
+
+    def finish() -> None:
+        pending.wait()
+        if len(parts) > 1:
+            for part, total in zip(parts, together.split([len(part) for part in parts]), strict=True):
+                part.copy_(total)
+
+    return finish
 
 
 def _merged(runs: Iterable[Run]) -> Iterator[Run]:
@@ -251,13 +260,13 @@ def slots(
     return tuple(found)
 
 
-def copies(rank: int, layout: Layout, places: tuple[int, ...]) -> tuple[int, ...]:
-    """Ranks whose place is one of ``places`` and that stand where ``rank`` does in their store groups."""
+def copies(rank: int, layout: Layout, positions: Sequence[int], places: tuple[int, ...]) -> tuple[int, ...]:
+    """Ranks of pipeline ranks whose place is in ``places`` and that are where ``rank`` is in the store."""
 
     def at(other: int) -> int:
         return layout.grid.index(other, *layout.over) % layout.cuts
 
-    return tuple(sorted(other for other in layout.holders(rank, places) if at(other) == at(rank)))
+    return tuple(sorted(other for other in layout.holders(positions, places) if at(other) == at(rank)))
 
 
 def aligned(length: int) -> int:

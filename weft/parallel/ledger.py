@@ -1,7 +1,7 @@
 """The ledger of bytes, and a communicator that plays one rank alone and only keeps the ledger."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +15,10 @@ from weft.parallel.comm import Comm
 
 @dataclass(frozen=True)
 class Entry:
-    """One collective of one rank.
+    """One collective of one rank, or one tensor that a transfer brought.
 
     Attributes:
-        op: all_reduce, all_gather, reduce_scatter or all_to_all.
+        op: all_reduce, all_gather, reduce_scatter, all_to_all or transfer.
         ranks: world ranks of the group, in group order.
         bytes: what this rank receives under the ideal algorithm.
         metadata: whether it carried host values (JSON, barriers) rather than tensors of the model.
@@ -95,7 +95,11 @@ class LedgerComm(Collectives):
         self.note_parts(out, receive)
         return out.zero_
 
-    def _split(self, rank: int, ranks: tuple[int, ...]) -> Comm:
+    def _transfer(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Callable[[], object]:
+        self.note_received(receives)
+        return lambda: [tensor.zero_() for tensor in receives.values()]
+
+    def _split(self, rank: int, ranks: tuple[int, ...], name: str) -> Comm:
         return _LedgerGroup(rank, ranks, self.family)
 
     def gather_objects(self, value: Any) -> list[Any]:

@@ -7,6 +7,8 @@ from weft.config.base import Config
 from weft.parallel.comm import Comm
 from weft.plan.layout import Layout, Plan, plan_of
 from weft.plan.shard import Held, localize
+from weft.plan.stages import CONTEXT
+from weft.spec.hybrid import HybridConfig
 from weft.spec.layout import PlanConfig
 from weft.spec.param import ParamSpec
 
@@ -17,17 +19,25 @@ class Mesh:
     """A plan with the communicator that joins its ranks.
 
     Attributes:
-        plan: grids, and what is cut over them.
+        whole: the plan of all pipeline ranks.
+        plan: grids, and what is cut over them, of this rank's pipeline rank.
         layout: the decoder's.
         comm: all ranks of the run.
+        position: this rank's pipeline rank.
         place: this rank's number on the tensor plane.
     """
 
     def __init__(self, plan: Plan, comm: Comm) -> None:
-        self.plan, self.layout, self.comm = plan, plan.decoder, comm
         self.rank = comm.ranks[comm.rank]
+        self.whole, self.plan, self.comm = plan, plan.of_rank(self.rank), comm
+        self.layout = self.plan.decoder
+        self.position = plan.position(self.rank)
         self.plane = self.layout.plane
         self.place = self.layout.place(self.rank)
+
+    def has(self, name: str) -> bool:
+        """Whether (a part of) a unit, or of the unit of a parameter, is here."""
+        return self.position in self.plan.positions(name)
 
     def axis(self, *axes: str) -> Comm:
         """The ranks that differ from this one in nothing but these axes of the decoder's grid."""
@@ -54,7 +64,12 @@ class Mesh:
     @property
     def leads(self) -> bool:
         """Whether this rank counts the samples that the ranks of its reader read together."""
-        return self.place == 0 and self.part == 0
+        return self.place == 0 and self.part == 0 and self.position == 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the first rank of its pipeline rank."""
+        return self.rank == self.layout.firsts[self.position]
 
     def held(self, spec: ParamSpec) -> tuple[Held, ...]:
         """Boxes of a parameter at this rank's place."""
@@ -84,13 +99,15 @@ class Mesh:
 
     def holders(self, spec: ParamSpec, box: Held) -> tuple[int, ...]:
         """Ranks that hold the same box: the gradient of it is the sum over them."""
-        return self.plan.of(spec).holders(self.rank, box.holders)
+        return self.plan.of(spec).holders(self.plan.positions(spec.name), box.holders)
 
 
-def mesh_of(plan: PlanConfig, comm: Comm) -> Mesh:
-    """The mesh of this rank under a plan for all ranks of ``comm``.
+def mesh_of(
+    plan: PlanConfig, comm: Comm, model: HybridConfig | None = None, context: float = CONTEXT
+) -> Mesh:
+    """The mesh of this rank under a plan for all ranks of ``comm``; stages need the model (``plan_of``).
 
     Raises:
         ConfigError: sizes that do not fill the ranks.
     """
-    return Mesh(plan_of(plan, comm.size), comm)
+    return Mesh(plan_of(plan, comm.size, model, context), comm)

@@ -13,6 +13,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from weft.ops.late import gradient, outer, queued
 from weft.parallel.comm import Comm, Pending
 
 Map = Callable[[Tensor], Tensor]
@@ -256,14 +257,15 @@ class _Product(torch.autograd.Function):
     """A projection between two moves.
 
     Backward: the scatter of the input's gradient is under way while the weight's gradient is computed
-    (AxoNN's overlapped all-reduce, arXiv 2502.08145).
+    (AxoNN's overlapped all-reduce, arXiv 2502.08145), or queued: both collectives come first, so that what
+    is queued has none.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, before: Move | None, after: Move | None) -> Tensor:
         whole = before.gather(x) if before else x
         ctx.save_for_backward(whole, weight)
-        ctx.before, ctx.after = before, after
+        ctx.weight, ctx.before, ctx.after = queued(weight), before, after
         y = whole @ weight.t()
         return after.scatter(y) if after else y
 
@@ -277,7 +279,7 @@ class _Product(torch.autograd.Function):
             grad_x = grad @ weight
             wait = ctx.before.start_scatter(grad_x) if ctx.before else lambda: grad_x
         if ctx.needs_input_grad[1]:
-            grad_weight = grad.t() @ whole
+            grad_weight = gradient(ctx.weight, outer, grad, whole)
         return wait() if wait else None, grad_weight, None, None
 
 

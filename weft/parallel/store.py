@@ -14,7 +14,7 @@ store group use the same units in the same order; one without tokens runs with z
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
@@ -59,18 +59,26 @@ class Store:
         self._comms = {id(layout): self.mesh.store(layout) for layout in roles}
         self.level = config.level if any(comm.size > 1 for comm in self._comms.values()) else 0
         self.master_dtype: torch.dtype = getattr(torch, PRECISIONS[precision].master)
-        self._copies = lru_cache(lambda layout, places: copies(self.mesh.rank, layout, places))
-        self._params = {s.name: (s, model.get_parameter(s.name)) for s in specs if not s.buffer}
+        self._copies = lru_cache(
+            lambda layout, positions, places: copies(self.mesh.rank, layout, positions, places)
+        )
+        here = [s for s in specs if not s.buffer and self.mesh.has(s.name)]
+        self._params = {s.name: (s, model.get_parameter(s.name)) for s in here}
         self.names = tuple(self._params)
         units = model.units() if self.level > 1 and isinstance(model, Divided) else {"": model}
         self._sections: dict[str, list[tuple[Flat, Section]]] = {unit: [] for unit in units}
-        self.flats = [self._flat(*members) for members in self._alike(units).values()]
+        alike = self._alike(units)
+        self.flats = [self._flat(*members) for members in alike.values()]
+        self._stages = [stage for *_, stage in alike]
+        self._summing: dict[int, Callable[[], None]] = {}  # flats whose gradients are being summed
         self._moving: list[tuple[Tensor, Pending]] = []
-        self._open: Counter[str] = Counter()  # uses whose gradients are to come
+        self._open: dict[Hashable, Counter[str]] = {}  # uses whose gradients are to come, by pass
         self._held: Counter[str] = Counter()  # uses that need the parameters now
         self._here: dict[str, list[Pending]] = {}  # units with memory, and what they still wait for
         self._ahead: tuple[str, ...] = ()
         self._foresight = Foresight(config.prefetch)
+        self._key: Hashable = None
+        self._late = False
         if self.level > 1:
             owners = {id(param): unit_of(name, units) for name, (_, param) in self._params.items()}
             watch(model, units, owners, self)
@@ -80,10 +88,18 @@ class Store:
         found: dict[Any, tuple[Layout, dict[str, list[ParamSpec]]]] = {}
         for name, (spec, param) in self._params.items():
             layout = self.mesh.plan.of(spec)
-            key = id(layout), spec.decay, param.dtype
+            key = id(layout), spec.decay, param.dtype, self._stage(name)
             _, members = found.setdefault(key, (layout, {unit: [] for unit in units}))
             members[unit_of(name, units)].append(spec)
         return found
+
+    def _stage(self, name: str) -> str | None:
+        """The stage whose passes give all gradients of a parameter; None if there are several."""
+        cut = self.mesh.plan.cut
+        stages = [str(i) for i, piece in enumerate(cut.pieces) if piece.has(name)] if cut else []
+        if len(stages) > 1:  # a token table, which lies alike on all pipeline ranks that have it
+            return None
+        return stages[0] if stages and self.level < 2 else ""  # above, units do not wait for their stage
 
     def _flat(self, layout: Layout, members: dict[str, list[ParamSpec]]) -> Flat:
         sections: dict[str, Section] = {}
@@ -107,7 +123,8 @@ class Store:
     def _section(self, specs: list[ParamSpec], layout: Layout, start: int) -> Section:
         """Move parameters into one buffer."""
         comm = self._comms[id(layout)]
-        places = slots(specs, self.mesh, partial(self._copies, layout))
+        positions = self.mesh.plan.positions(specs[0].name)
+        places = slots(specs, self.mesh, partial(self._copies, layout, positions))
         params = [self._params[spec.name][1] for spec in specs]
         for box in (box for slot in places for box in slot.boxes if box.box.numel):
             self.mesh.comm.group(box.ranks)  # made now, by all their members in the same order
@@ -150,46 +167,69 @@ class Store:
             self._held[unit] -= 1
             self._drop(unit)
 
-    def begin(self, unit: str) -> None:
-        """A use of a unit begins that will give gradients."""
-        self._open[unit] += 1
+    def enter(self, key: Hashable, late: bool = False) -> None:
+        """A forward or backward pass begins.
 
-    def finish(self, unit: str) -> None:
-        """All gradients of a use are there; the last one of a unit's open uses reduces it."""
-        self._open[unit] -= 1
-        if not self._open[unit]:  # autograd adds up the gradients of all uses before it hands them over
-            self.reduce_unit(unit)
+        Args:
+            key: names the forward pass, also where its backward pass begins.
+            late: gradients of weights come after the backward pass, at the latest before ``end_pass``.
+        """
+        self._key, self._late = key, late
 
-    def reduce_unit(self, unit: str) -> None:
+    def begin(self, unit: str) -> Hashable:
+        """A use of a unit begins that will give gradients; the pass."""
+        self._open.setdefault(self._key, Counter())[unit] += 1
+        return self._key
+
+    def finish(self, unit: str, key: Hashable) -> None:
+        """The backward pass of a use is over; the last one of a unit's uses in the pass reduces it."""
+        uses = self._open[key]
+        uses[unit] -= 1
+        if not uses[unit] and not self._late:  # autograd hands gradients of all uses over at once
+            self._reduce_unit(unit, key)
+
+    def _reduce_unit(self, unit: str, key: Hashable) -> None:
         """Begin to sum the gradients of a unit over the store group."""
         if self.level < 2:
             return
-        del self._open[unit]
+        del self._open[key][unit]
         self._settle()
         for flat, section in self._sections[unit]:
             rows = section.take_gradients(self.master_dtype).view(flat.comm.size, -1)
             self._moving.append((section.part(flat.grad), flat.comm.start_reduce_scatter(rows)))
 
-    def end_microbatch(self) -> None:
-        """After the backward pass of a microbatch: reduce what is left, free what was gathered ahead."""
-        for unit in list(self._open):
-            self.reduce_unit(unit)
+    def end_pass(self, key: Hashable = None) -> None:
+        """All gradients of a pass are there: reduce what is left."""
+        for unit in list(self._open.get(key, ())):
+            self._reduce_unit(unit, key)
+        self._open.pop(key, None)
+
+    def rest(self) -> None:
+        """The uses of a step are over: give back what was gathered ahead."""
         self._forget()
         self._foresight.end()
+
+    def hold(self, units: Iterable[str]) -> None:
+        """Begin to make units whole; they stay so until as many calls of ``release``."""
+        for unit in units if self.level == 3 else ():
+            self._hold(unit)
+
+    def release(self, units: Iterable[str]) -> None:
+        """The end of ``hold``."""
+        for unit in units if self.level == 3 else ():
+            self.free(unit)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """All parameters are whole inside, for what reads them outside of units; a collective call."""
         units = list(self._sections) if self.level == 3 else []
-        for unit in units:
-            self._hold(unit)
+        self.hold(units)
         for unit in units:
             self._arrive(unit)
         try:
             yield
         finally:
-            for unit in units:
-                self.free(unit)
+            self.release(units)
 
     def _hold(self, unit: str) -> None:
         self._held[unit] += 1
@@ -236,6 +276,7 @@ class Store:
     def zero_grad(self) -> None:
         """Forget the gradients, and whatever a step that failed has left."""
         self._moving.clear()
+        self._summing.clear()
         self._open.clear()
         self._forget()
         for flat in self.flats:
@@ -246,14 +287,40 @@ class Store:
                     param.grad = None
 
     def reduce(self) -> None:
-        """Sum the gradients of a step over ranks, after its last microbatch."""
-        self.end_microbatch()
+        """Sum the gradients of a step over ranks, after its last pass."""
+        for key in list(self._open):
+            self.end_pass(key)
+        self.rest()
         self._settle()
-        for flat in self.flats:
-            if self.level == 1:
-                total = flat.sections[0].total  # all units are one
-                flat.grad.copy_(flat.comm.reduce_scatter(total.view(flat.comm.size, -1)))
-            flat.sum_copies(self.mesh.comm.group)
+        self.reduce_stage(*self._stages)
+        for summed in self._summing.values():
+            summed()
+        self._summing.clear()
+
+    def reduce_stage(self, *stages: str | None) -> None:
+        """Begin to sum the gradients of stages, all of which are there; above level 1 passes do it."""
+        for place, flat in enumerate(self.flats):
+            if self._stages[place] in stages and place not in self._summing:
+                self._summing[place] = self._sum(flat)
+
+    def _sum(self, flat: Flat) -> Callable[[], None]:
+        def copies() -> None:
+            for summed in flat.sum_copies(self.mesh.comm.group):
+                summed()
+
+        if self.level == 0:
+            started = flat.sum_copies(self.mesh.comm.group)
+            return lambda: [summed() for summed in started].clear()
+        if self.level > 1:
+            return copies
+        total = flat.sections[0].total  # all units are one
+        pending = flat.comm.start_reduce_scatter(total.view(flat.comm.size, -1))
+
+        def finish() -> None:
+            flat.grad.copy_(pending.wait())
+            copies()
+
+        return finish
 
     def norm(self) -> Tensor:
         """Global L2 norm of the gradient: every box of every parameter once."""

@@ -3,7 +3,8 @@
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -34,6 +35,8 @@ class _Board:
         self.changed = threading.Condition()
         self._turns = [0] * len(ranks)
         self._slots: dict[int, _Slot] = {}
+        self._sent, self._asked = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
+        self._mail: dict[tuple[int, int, int], Tensor] = {}  # source, target, turn
 
     def lay(self, place: int, kind: str, value: Any) -> int:
         """Lay a value down; the turn under which all are collected."""
@@ -56,12 +59,7 @@ class _Board:
         """
         with self.changed:
             slot = self._slots[turn]
-            full = self.changed.wait_for(
-                lambda: self.gang.failed or len(slot.values) == len(self.ranks), self.gang.timeout
-            )
-            if self.gang.failed:
-                raise threading.BrokenBarrierError
-            if full:
+            if self._comes(lambda: len(slot.values) == len(self.ranks)):
                 return self._read(turn, slot, merge)
             kind = next(iter(slot.kinds.values()))
             absent = [rank for place, rank in enumerate(self.ranks) if place not in slot.values]
@@ -69,6 +67,45 @@ class _Board:
         raise TimeoutError(
             f"ranks {absent} did not arrive within {self.gang.timeout:g} s at the {kind} "
             f"of ranks {list(self.ranks)}"
+        )
+
+    def _comes(self, there: Callable[[], bool]) -> bool:
+        """Whether what is waited for comes in time."""
+        came = self.changed.wait_for(lambda: self.gang.failed or there(), self.gang.timeout)
+        if self.gang.failed:
+            raise threading.BrokenBarrierError
+        return came
+
+    def send(self, place: int, target: int, value: Tensor) -> None:
+        """Lay down the next tensor from one place to another."""
+        with self.changed:
+            turn = self._sent[place, target]
+            self._sent[place, target] += 1
+            self._mail[place, target, turn] = value
+            self.changed.notify_all()
+
+    def ask(self, source: int, place: int) -> int:
+        """The turn of the next tensor that comes to ``place`` from ``source``."""
+        with self.changed:
+            self._asked[source, place] += 1
+            return self._asked[source, place] - 1
+
+    def fetch(self, source: int, place: int, turn: int, out: Tensor) -> None:
+        """Fill ``out`` with the tensor of that turn; errors as those of ``collect``."""
+        key, sender, own = (source, place, turn), self.ranks[source], self.ranks[place]
+        with self.changed:
+            if self._comes(lambda: key in self._mail):
+                value = self._mail.pop(key)
+                if (len(value), value.dtype) != (len(out), out.dtype):
+                    raise RuntimeError(
+                        f"rank {own} expects {_form(out)} from rank {sender}, but is sent {_form(value)}"
+                    )
+                out.copy_(value)
+                return
+        self.gang.show_stacks()
+        raise TimeoutError(
+            f"rank {sender} did not send within {self.gang.timeout:g} s what rank {own} waits for: transfer "
+            f"{turn} of {_form(out)} in ranks {list(self.ranks)}"
         )
 
     def _read(self, turn: int, slot: _Slot, merge: Callable[[list[Any]], Any]) -> Any:
@@ -132,14 +169,15 @@ class ThreadComm(Collectives):
         ranks: Sequence[int],
         family: Family | None = None,
         lineage: tuple[Any, ...] = (),
+        name: str = "",
     ) -> None:
         super().__init__(rank, ranks, family)
-        self._gang, self._lineage, self._twins = gang, lineage, 0
-        self._board = gang.board(lineage, self.ranks)
+        self._gang, self._lineage, self._name, self._twins = gang, lineage, name, 0
+        self._board = gang.board((*lineage, name), self.ranks)
 
     def _exchange(self, op: str, source: Tensor, out: Tensor) -> Callable[[], object]:
         self.note_whole(op, max(source.nbytes, out.nbytes))
-        kind = f"{op} of {source.numel()} {str(source.dtype).removeprefix('torch.')}"
+        kind = f"{op} of {_form(source)}"
         turn = self._board.lay(self.rank, kind, source.clone())
 
         def rows(values: list[Tensor]) -> list[Tensor]:
@@ -175,14 +213,31 @@ class ThreadComm(Collectives):
 
         return finish
 
-    def _split(self, rank: int, ranks: tuple[int, ...]) -> Comm:
-        return ThreadComm(self._gang, rank, ranks, self.family, self._lineage)
+    def _transfer(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> Callable[[], object]:
+        self.note_received(receives)
+        for peer, tensor in sends.items():
+            self._board.send(self.rank, peer, tensor.clone())
+        turns = {peer: self._board.ask(peer, self.rank) for peer in receives}
+
+        def finish() -> None:
+            for peer, tensor in receives.items():
+                self._board.fetch(peer, self.rank, turns[peer], tensor)
+
+        return finish
+
+    def _split(self, rank: int, ranks: tuple[int, ...], name: str) -> Comm:
+        return ThreadComm(self._gang, rank, ranks, self.family, self._lineage, name)
 
     def twin(self) -> Comm:
         """The same threads over boards of their own."""
         self._twins += 1
-        lineage = (*self._lineage, self.ranks, self._twins)
+        lineage = (*self._lineage, self.ranks, self._name, self._twins)
         return ThreadComm(self._gang, self.rank, self.ranks, lineage=lineage)
+
+
+def _form(tensor: Tensor) -> str:
+    """Such as ``3 float32``."""
+    return f"{tensor.numel()} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _total(values: list[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """Work that ranks do together: an error on one rank is an error on all, so that none waits for ever."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from weft.config.errors import CheckpointError, DataError, RunError, WeftError
@@ -50,6 +50,25 @@ def on_chief(comm: Comm, work: Callable[[], T]) -> T:
         kind, text = failure
         raise KINDS[kind](text)
     return value
+
+
+class Union:
+    """Names that ranks have, each some of them: all of them, the same on every rank, asked for once.
+
+    Args:
+        comm: the ranks.
+    """
+
+    def __init__(self, comm: Comm) -> None:
+        self._comm = comm
+        self._known: dict[str, int] | None = None
+
+    def of(self, own: Mapping[str, int]) -> dict[str, int]:
+        """Every rank's names with their numbers; a collective call the first time."""
+        if self._known is None:
+            everyone = self._comm.gather_objects(dict(own))
+            self._known = {name: number for names in everyone for name, number in names.items()}
+        return self._known
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:

@@ -1,7 +1,7 @@
 """Units: the modules on which parameters rest and move together, and what happens around each use of one."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -30,12 +30,12 @@ class Actions(Protocol):
         """They are needed no longer."""
         ...
 
-    def begin(self, unit: str) -> None:
-        """A use begins that will give gradients."""
+    def begin(self, unit: str) -> Hashable:
+        """A use begins that will give gradients; in which pass."""
         ...
 
-    def finish(self, unit: str) -> None:
-        """All gradients of a use are there."""
+    def finish(self, unit: str, key: Hashable) -> None:
+        """The backward pass of a use is over."""
         ...
 
 
@@ -90,9 +90,8 @@ class _Around:
             self.do.gather(unit, learn=training)
         if not training:
             return args, kwargs
-        for unit in self.needs:
-            self.do.begin(unit)
-        return _mark((args, kwargs), self.finished)
+        keys = [self.do.begin(unit) for unit in self.needs]
+        return _mark((args, kwargs), lambda: self.finished(keys))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         for unit in self.needs:
@@ -103,11 +102,11 @@ class _Around:
         for unit in self.needs:
             self.do.gather(unit)
 
-    def finished(self) -> None:
-        for unit in self.needs:
+    def finished(self, keys: Sequence[Hashable]) -> None:
+        for unit, key in zip(self.needs, keys, strict=True):
             if self.again:
                 self.do.free(unit)
-            self.do.finish(unit)
+            self.do.finish(unit, key)
 
 
 class _Mark(torch.autograd.Function):
@@ -154,7 +153,7 @@ def _replaced(value: Any, tensors: deque[Tensor]) -> Any:
 
 
 class Foresight:
-    """Which units come next, as in the microbatch before.
+    """Which units come next, as in the step before.
 
     Args:
         ahead: how many to tell of.
@@ -176,5 +175,5 @@ class Foresight:
         return tuple(self._known[self._at : self._at + self._ahead])
 
     def end(self) -> None:
-        """The microbatch is over."""
+        """The step is over."""
         self._known, self._seen, self._at = self._seen or self._known, [], 0

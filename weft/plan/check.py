@@ -7,8 +7,9 @@ from typing import Any
 from weft.config.base import Config
 from weft.config.errors import ConfigError, Problem
 from weft.plan.context import attend_refusal, scan_refusal
-from weft.plan.layout import Plan, divisors, of_experts, plan_of
+from weft.plan.layout import Plan, divisors, of_experts, plan_of, plan_of_run
 from weft.plan.shard import SHARED, Plane, held, localize
+from weft.plan.step import schedule_of
 from weft.plan.units import same_stages, units
 from weft.spec.hybrid import HybridConfig
 from weft.spec.layers import AttentionConfig, MambaConfig, MixerConfig, NormConfig
@@ -48,7 +49,10 @@ class _Count:
 def check_run(run: RunConfig, world: int) -> list[Problem]:
     """Problems of a run's plan on ``world`` ranks; paths start with ``plan``."""
     found = check(run.model, run.plan, world, batch=run.train.global_batch_size)
-    return found or list(_tokens(run, plan_of(run.plan, world)))
+    if found:
+        return found
+    plan = plan_of_run(run, world)
+    return [*_tokens(run, plan), *_schedule(run, plan)]
 
 
 def check(model: HybridConfig, config: PlanConfig, world: int, batch: int = 0) -> list[Problem]:
@@ -61,24 +65,56 @@ def check(model: HybridConfig, config: PlanConfig, world: int, batch: int = 0) -
         batch: sequences per optimizer step; 0 is not known.
     """
     try:
-        plan = plan_of(config, world)
+        plan = plan_of(config, world, model)
     except ConfigError as error:
         return list(error.problems)
-    found = [*_maps(plan, config), *_counts(model, plan.decoder.plane)]
-    if not found:
-        found = [*_norms(model, plan.decoder.plane), *_overlaps(model, plan.decoder.plane)]
-        found += _sharing(model, plan)
-    found = [problem.under("decoder") for problem in (*found, *_grid(model, plan, batch))]
+    found = [
+        problem.under("decoder") for each in plan.of_stages or (plan,) for problem in _layout(model, each)
+    ]
+    found += [problem.under("decoder") for problem in (*_grid(model, plan, batch), *_tables(plan))]
     found += [problem.under("experts") for problem in _experts(model, plan)]
-    return [problem.under("plan") for problem in found]
+    return [problem.under("plan") for problem in dict.fromkeys(found)]
+
+
+def _layout(model: HybridConfig, plan: Plan) -> list[Problem]:
+    """Problems of the layout of one pipeline rank."""
+    plane = plan.decoder.plane
+    found = [*_maps(plan), *_counts(model, plane)]
+    return found or [*_norms(model, plane), *_overlaps(model, plane), *_sharing(model, plan)]
+
+
+def _tables(plan: Plan) -> Iterator[Problem]:
+    """A token table on two pipeline ranks lies alike on both."""
+    planes = [plan.at(position).decoder.plane for position in plan.positions("embed")]
+    if len(set(planes)) > 1:
+        first, last = (plane.tp for plane in planes)
+        message = (
+            f"the first pipeline rank has tp {first} and the last one {last}, but both hold the token table"
+        )
+        yield Problem("tp_of_stages", f"{message} (a tied head or MTP reads it); give both the same tp")
+
+
+def _schedule(run: RunConfig, plan: Plan) -> Iterator[Problem]:
+    """What the lists of actions cannot do, proved before launch."""
+    config, count = run.plan.schedule, plan.microbatches(run.train)
+    path = f"plan.schedule.{'file' if config.kind == 'file' else 'kind'}"
+    assert plan.cut  # noqa: S101 - made with the model
+    try:
+        schedule, proof = schedule_of(config, plan.cut, count, plan.decoder.store.level)
+    except ValueError as error:
+        yield Problem("plan.schedule.resident" if config.resident else path, str(error))
+        return
+    if schedule.microbatches != count:
+        message = f"the lists of {config.file} are for {schedule.microbatches} microbatches"
+        made = f"train.global_batch_size = {run.train.global_batch_size} makes {count}"
+        yield Problem(path, f"{message}, but {made}; change train.micro_batch_size or the lists")
+    elif proof.faults:
+        yield Problem(path, proof.text)
 
 
 def executable(plan: Plan) -> list[Problem]:
     """What this version plans, shows and costs but does not run yet; paths start with ``plan``."""
     grid, found = plan.decoder.grid, list[Problem]()
-    if grid.size("pp") > 1:
-        message = f"{grid.size('pp')} pipeline stages can be planned, but not run by this version; set 1"
-        found.append(Problem("plan.decoder.pp", message))
     if tuple(grid.ranks) != tuple(range(plan.world)):
         message = (
             f"{len(grid.ranks)} of the {plan.world} ranks, or another order, can be planned, but not run"
@@ -90,7 +126,7 @@ def executable(plan: Plan) -> list[Problem]:
     return found
 
 
-def _maps(plan: Plan, config: PlanConfig) -> Iterator[Problem]:
+def _maps(plan: Plan) -> Iterator[Problem]:
     plane = plan.decoder.plane
     for name in sorted(_WHOLE - plane.shard) if plane.size > 1 else ():
         message = f"none, but {plane.size} ranks share each layer ({_product(plane)}); remove it"
@@ -187,11 +223,7 @@ def _overlaps(model: HybridConfig, plane: Plane) -> Iterator[Problem]:
 
 
 def _grid(model: HybridConfig, plan: Plan, batch: int) -> Iterator[Problem]:
-    grid, layers = plan.decoder.grid, len(model.parts.main)
-    if grid.size("pp") > layers:
-        yield Problem(
-            "pp", f"{grid.size('pp')} stages, but model.pattern has {layers} layers; set {layers} or less"
-        )
+    grid = plan.decoder.grid
     if 0 < batch < grid.size("dp"):
         fix = f"set dp to {batch} or less (more tp, fewer ranks), or raise that"
         message = f"{grid.size('dp')} readers share train.global_batch_size = {batch} sequences; {fix}"

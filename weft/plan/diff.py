@@ -16,7 +16,7 @@ from weft.plan.box import Box
 from weft.plan.grid import Grid
 from weft.plan.layout import Plan, of_experts
 from weft.plan.shard import SHARD, Held, share
-from weft.plan.units import Unit, stage_of, units
+from weft.plan.units import Unit, units
 from weft.spec.count import StateBytes, state_of
 from weft.spec.hybrid import HybridConfig
 from weft.spec.param import ParamSpec
@@ -58,7 +58,20 @@ def diff(before: Plan, after: Plan) -> list[Change]:
     for name in ("transport", "node"):
         was, now = (str(getattr(plan.experts, name)) for plan in (before, after))
         found.append((f"experts.{name}", was, now))
+    for f in fields(before.schedule):
+        was, now = (str(getattr(plan.schedule, f.name)) for plan in (before, after))
+        found.append((f"schedule.{f.name}", was, now))
+    found += _cuts(before, after)
     return [change for change in found if change[1] != change[2]]
+
+
+def _cuts(before: Plan, after: Plan) -> Iterator[Change]:
+    """Layers of the stages, and tp where pipeline ranks differ in it."""
+    old, new = ([str(len(piece.layers)) for piece in p.cut.pieces] if p.cut else [] for p in (before, after))
+    if len(old) > 1 or len(new) > 1:
+        yield "layers of the stages", " ".join(old), " ".join(new)
+    was, now = (" ".join(str(p.decoder.plane.tp) for p in each.of_stages) for each in (before, after))
+    yield "decoder.tp_of_stages", was, now
 
 
 def _axes(role: str, old: Grid, new: Grid) -> Iterator[Change]:
@@ -116,40 +129,41 @@ class _Side:
     """What rests where under one plan; what ranks have in common is computed once."""
 
     def __init__(self, model: HybridConfig, precision: str, plan: Plan) -> None:
-        self.plan, self.units, self.stages = plan, units(model), plan.decoder.grid.size("pp")
+        self.plan, self.units = plan, units(model)
         self.bytes = [
             [(spec.name, each.weight, each.master + each.moments) for spec, each in _states(unit, precision)]
             for unit in self.units
         ]
+        positions = range(plan.decoder.grid.size("pp"))
         self._names = [
-            [{n for n in unit.names if stage_of(n, model, self.stages) == s} for s in range(self.stages)]
+            [{name for name in unit.names if position in plan.positions(name)} for position in positions]
             for unit in self.units
         ]
         self._precision = precision
-        self._buffers: dict[tuple[int, int, int], list[_Buffer]] = {}
+        self._buffers: dict[tuple[int, ...], list[_Buffer]] = {}
 
     def names(self, unit: int, rank: int) -> set[str]:
-        """Units of a kind that the stage of a rank has."""
-        grid = self.plan.decoder.grid
-        return self._names[unit][grid.index(rank, "pp")] if rank in grid else set()
+        """Units of a kind that a rank has."""
+        return self._names[unit][self.plan.position(rank)] if rank in self.plan.decoder.grid else set()
 
     def resting(self, unit: int, rank: int) -> tuple[Boxes, Boxes]:
         """Boxes that rest at a rank: weights, and the optimizer's state."""
         level = self.plan.decoder.store.level
         weights, state = dict[str, tuple[Box, ...]](), dict[str, tuple[Box, ...]]()
         for buffer in self._of(unit, rank):
-            cut = buffer.cut(*self.plan.cut(buffer.specs[0], rank))
+            cut = buffer.cut(*self.plan.of_rank(rank).rests(buffer.specs[0], rank))
             state |= cut
             weights |= cut if level >= 3 else buffer.cut(1, 0)
         return weights, state
 
     def _of(self, unit: int, rank: int) -> list[_Buffer]:
-        key = unit, self.plan.decoder.place(rank), self.plan.experts.place(rank)
+        plan = self.plan.of_rank(rank)
+        key = unit, plan.decoder.places, plan.decoder.place(rank), plan.experts.place(rank)
         if key not in self._buffers:
             groups: dict[tuple[StateBytes, bool, bool], list[ParamSpec]] = {}
             for spec, each in _states(self.units[unit], self._precision):
                 groups.setdefault((each, spec.decay, of_experts(spec)), []).append(spec)
-            self._buffers[key] = [_buffer(self.plan, specs, rank) for specs in groups.values()]
+            self._buffers[key] = [_buffer(plan, specs, rank) for specs in groups.values()]
         return self._buffers[key]
 
 

@@ -1,22 +1,28 @@
 """A plan with its grids: what settings mean on a given number of ranks."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from weft.config.errors import ConfigError, Problem
 from weft.plan.grid import Grid
 from weft.plan.shard import SHARD, Held, Plane, expert_boxes, held, share
+from weft.plan.stages import CONTEXT, Cut, cut
+from weft.plan.step import homes
+from weft.spec.count import mean_context
+from weft.spec.hybrid import HybridConfig
 from weft.spec.layout import (
     Attend,
     ExpertsConfig,
     LayoutConfig,
     PlanConfig,
     Scan,
+    ScheduleConfig,
     StoreConfig,
     Transport,
 )
 from weft.spec.param import ParamSpec
+from weft.spec.run import RunConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -47,14 +53,20 @@ class Layout:
         """Number of a rank's place among those of one copy."""
         return self.grid.index(rank, *self.inner)
 
-    def stage(self, rank: int) -> tuple[int, ...]:
-        """All ranks of this rank's stage."""
-        return self.grid.group(rank, *(name for name, _ in self.grid.axes[1:]))
+    @property
+    def firsts(self) -> Sequence[int]:
+        """The first rank of each pipeline rank."""
+        return self.grid.ranks[:: len(self.grid.ranks) // self.grid.size("pp")]
 
-    def holders(self, rank: int, places: tuple[int, ...]) -> tuple[int, ...]:
-        """Ranks of this rank's stage whose place is one of ``places``: all copies of a box."""
-        size = self.places
-        return tuple(other for i, other in enumerate(self.stage(rank)) if i % size in places)
+    def holders(self, positions: Iterable[int], places: tuple[int, ...]) -> tuple[int, ...]:
+        """Ranks of pipeline ranks whose place is one of ``places``: all copies of a box."""
+        size, length = self.places, len(self.grid.ranks) // self.grid.size("pp")
+        return tuple(
+            rank
+            for position in positions
+            for i, rank in enumerate(self.grid.ranks[position * length : (position + 1) * length])
+            if i % size in places
+        )
 
     @property
     def cuts(self) -> int:
@@ -108,11 +120,64 @@ class Experts(Layout):
 
 @dataclass(frozen=True)
 class Plan:
-    """Layouts by role on ``world`` ranks."""
+    """Layouts by role on ``world`` ranks.
+
+    Attributes:
+        world: number of ranks.
+        decoder: of everything but the routed experts.
+        experts: of these.
+        cut: stages of the model and the pipeline ranks that have them; None without a model.
+        of_stages: the plan of each pipeline rank where they differ in tp; it holds for its ranks only.
+        schedule: order of a step.
+    """
 
     world: int
     decoder: Decoder
     experts: Experts
+    schedule: ScheduleConfig
+    cut: Cut | None = None
+    of_stages: tuple["Plan", ...] = ()
+
+    def at(self, position: int) -> "Plan":
+        """The plan of a pipeline rank."""
+        return self.of_stages[position] if self.of_stages else self
+
+    def of_rank(self, rank: int) -> "Plan":
+        """The plan of a rank's pipeline rank."""
+        return self.at(self.position(rank))
+
+    def position(self, rank: int) -> int:
+        """Pipeline rank of a rank."""
+        return self.decoder.grid.index(rank, "pp")
+
+    @property
+    def readers(self) -> int:
+        """Ranks (or groups of them) that read different samples, where they are fewest."""
+        return min(plan.decoder.readers for plan in (self, *self.of_stages))
+
+    def together(self, train: TrainConfig) -> int:
+        """Sequences that all readers compute at the same time, at most."""
+        return min(train.micro_batch_size * self.readers, train.global_batch_size)
+
+    def microbatches(self, train: TrainConfig) -> int:
+        """Parts into which the global batch is cut, each computed by all readers at the same time."""
+        return -(-train.global_batch_size // self.together(train))
+
+    def positions(self, name: str) -> tuple[int, ...]:
+        """Pipeline ranks that hold a unit, or the unit of a parameter.
+
+        Raises:
+            ValueError: there are several, and no model said how it is cut.
+        """
+        if self.cut is not None:
+            return self.cut.ranks_of(name)
+        if self.decoder.grid.size("pp") > 1:
+            raise ValueError("which pipeline rank has a unit depends on the model: make the plan with it")
+        return (0,)
+
+    def has(self, rank: int, name: str) -> bool:
+        """Whether a rank has (its part of) a unit, or of the unit of a parameter."""
+        return self.position(rank) in self.positions(name)
 
     def of(self, spec: ParamSpec) -> Layout:
         """The layout of a parameter."""
@@ -134,7 +199,7 @@ class Plan:
         boxes = self.held(spec, rank)
         return tuple(max(box.local.stop[axis] for box in boxes) for axis in range(len(spec.dims)))
 
-    def cut(self, spec: ParamSpec, rank: int) -> tuple[int, int]:
+    def rests(self, spec: ParamSpec, rank: int) -> tuple[int, int]:
         """Into how many parts the store cuts what ``rank`` holds of a parameter, and which is the rank's."""
         layout = self.of(spec)
         return (1, 0) if spec.buffer else (layout.cuts, layout.grid.index(rank, *layout.over) % layout.cuts)
@@ -175,18 +240,72 @@ def parse_ranks(text: str, world: int) -> tuple[int, ...]:
     return tuple(ranks)
 
 
-def plan_of(config: PlanConfig, world: int) -> Plan:
+def plan_of(
+    config: PlanConfig, world: int, model: HybridConfig | None = None, context: float = CONTEXT
+) -> Plan:
     """The plan on ``world`` ranks.
+
+    Args:
+        config: what the user set.
+        world: ranks of the run.
+        model: what is cut into stages; without it only grids are known.
+        context: mean keys that a token sees, for the cost of stages.
 
     Raises:
         ConfigError: sizes that do not fill the ranks, every problem at once.
     """
     problems: list[Problem] = []
+    each = _of_stages(config, problems)
+    plans = [plan for other in each if (plan := _grids(other, world, problems))]
+    cut = _cut(config, model, context, problems) if model and not problems else None
+    if problems:
+        raise ConfigError(problem.under("plan") for problem in dict.fromkeys(problems))
+    plans = [replace(plan, cut=cut) for plan in plans]
+    return replace(plans[0], of_stages=tuple(plans) if len(plans) > 1 else ())
+
+
+def plan_of_run(run: RunConfig, world: int) -> Plan:
+    """The plan of a run; errors as ``plan_of``."""
+    return plan_of(run.plan, world, run.model, mean_context((run.data.seq_length,)))
+
+
+def _grids(config: PlanConfig, world: int, problems: list[Problem]) -> Plan | None:
     decoder = _decoder(config.decoder, world, problems)
     experts = _experts(config.experts, decoder, problems) if decoder else None
-    if decoder is None or experts is None:
-        raise ConfigError(problem.under("plan") for problem in problems)
-    return Plan(world, decoder, experts)
+    return Plan(world, decoder, experts, config.schedule) if decoder and experts else None
+
+
+def _of_stages(config: PlanConfig, problems: list[Problem]) -> list[PlanConfig]:
+    """The plan of each pipeline rank, or one for all of them."""
+    decoder, sizes = config.decoder, config.decoder.tp_of_stages
+    if not sizes:
+        return [config]
+    if len(sizes) != decoder.pp or min(sizes) < 1 or decoder.dp or decoder.tp not in (1, sizes[0]):
+        message = (
+            f"{list(sizes)} is the tp of each pipeline rank: name {decoder.pp} numbers from 1 on, and leave "
+            "tp and dp to follow from them"
+        )
+        problems.append(Problem("decoder.tp_of_stages", message))
+        return []
+    return [replace(config, decoder=replace(decoder, tp=tp, tp_of_stages=())) for tp in sizes]
+
+
+def _cut(config: PlanConfig, model: HybridConfig, context: float, problems: list[Problem]) -> Cut | None:
+    schedule, layers = config.schedule, len(model.parts.main)
+    try:
+        home = homes(schedule, config.decoder.pp)
+        if len(home) <= layers or schedule.layers:
+            return cut(model, home, schedule.layers, context)
+        several = len(home) > config.decoder.pp
+        most = layers // config.decoder.pp if several else layers
+        message = f"{len(home)} stages, but model.pattern has {layers} layers; set {most} or less"
+        problems.append(Problem("schedule.virtual" if several and most else "decoder.pp", message))
+    except ConfigError as error:
+        problems += error.problems
+    except ValueError as error:
+        path = "file" if schedule.kind == "file" else "layers"
+        problems.append(Problem(f"schedule.{path}", str(error)))
+    return None
 
 
 def _decoder(config: LayoutConfig, world: int, problems: list[Problem]) -> Decoder | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 
 from weft.plan.layout import Plan, of_experts
 from weft.plan.shard import localize
+from weft.plan.step import schedule_of
 from weft.plan.units import Unit, units
 from weft.spec.count import StateBytes, state_of
 from weft.spec.hybrid import HybridConfig
@@ -60,17 +61,16 @@ def largest(run: RunConfig, plan: Plan) -> tuple[int, Memory]:
 
     One rank of each stage is looked at: uneven cuts (``shard.share``) give the first place the most.
     """
-    grid = plan.decoder.grid
-    firsts = grid.ranks[:: len(grid.ranks) // grid.size("pp")]
-    return max(((rank, memory(run, plan, rank)) for rank in firsts), key=lambda pair: pair[1].total)
+    firsts = plan.decoder.firsts
+    return max(((rank, memory(run, plan.of_rank(rank), rank)) for rank in firsts), key=lambda p: p[1].total)
 
 
 def memory(run: RunConfig, plan: Plan, rank: int) -> Memory:
     """Bytes on ``rank``; its cuts of the store's buffers count as the largest ones."""
-    pp, stage = plan.decoder.grid.size("pp"), plan.decoder.grid.index(rank, "pp")
+    position = plan.position(rank)
     total, working = Memory(), [0]
     for unit in units(run.model):
-        count = unit.at(run.model, pp, stage)
+        count = unit.at(plan, position)
         if count:
             rests, busy = _unit(plan, unit, rank, run.train.precision)
             total += Memory(**{f.name: count * getattr(rests, f.name) for f in fields(rests)})
@@ -86,7 +86,7 @@ def _unit(plan: Plan, unit: Unit, rank: int, precision: str) -> tuple[Memory, in
     for spec in unit.specs:
         key = state_of(spec, precision), spec.decay, of_experts(spec)
         elements, _ = buffers.get(key, (0, 1))
-        cuts, _ = plan.cut(spec, rank)
+        cuts, _ = plan.rests(spec, rank)
         buffers[key] = elements + math.prod(plan.shape(spec, rank)), cuts
     rests, busy = Memory(), 0
     for (state, _, _), (whole, cuts) in buffers.items():
@@ -125,12 +125,14 @@ class _Tokens:
 
 
 def _activations(run: RunConfig, plan: Plan, rank: int) -> int:
-    """Bytes kept by the microbatches in flight (one for each stage from here on), and by the head."""
+    """Bytes kept by the passes in flight (as the schedule is proved to have them), and by the head.
+
+    Where a pipeline rank has several stages, each pass counts as the mean of them.
+    """
     model, grid, plane = run.model, plan.decoder.grid, plan.decoder.plane
-    pp, stage, place = grid.size("pp"), grid.index(rank, "pp"), plan.decoder.place(rank)
-    share_of_batch = -(-run.train.global_batch_size // grid.size("dp"))
-    sequences = min(run.train.micro_batch_size, share_of_batch)
-    parts = -(-share_of_batch // sequences)
+    position, place = plan.position(rank), plan.decoder.place(rank)
+    sequences = -(-plan.together(run.train) // plan.decoder.readers)
+    last = position in plan.positions("head")
     policy = PRECISIONS[run.train.precision]
     count = -(-sequences * run.data.seq_length // grid.size("cp"))
     tokens = _Tokens(
@@ -146,18 +148,27 @@ def _activations(run: RunConfig, plan: Plan, rank: int) -> int:
     for unit in units(model):
         if unit.block is None:
             continue
-        here = unit.at(model, pp, stage)
-        if model.mtp and stage == pp - 1:  # one physical depth may run several times
+        here = unit.at(plan, position)
+        if model.mtp and last:  # one physical depth may run several times
             ahead = sum(name.startswith("mtp.") for name in unit.names)
             here += ahead * (model.depths - len(model.mtp)) // len(model.mtp)
         inner = tokens.residual * width + _kept(localize(unit.block.mixer, plane, place), tokens, plane.size)
         kept += here * (tokens.residual * width + (0 if run.train.recompute else inner))
         largest_layer = max(largest_layer, inner if here and run.train.recompute else 0)
     return (
-        kept * min(pp - stage, parts)
+        math.ceil(kept * _in_flight(run, plan, position))
         + largest_layer
-        + (_head(model, run.train.loss_chunk, tokens, plane.size, width) if stage == pp - 1 else 0)
+        + (_head(model, run.train.loss_chunk, tokens, plane.size, width) if last else 0)
     )
+
+
+def _in_flight(run: RunConfig, plan: Plan, position: int) -> float:
+    """Microbatches of which a pipeline rank keeps what all its stages keep."""
+    if plan.cut is None or len(plan.cut.pieces) == 1:
+        return 1.0
+    level, parts = plan.decoder.store.level, plan.microbatches(run.train)
+    _, proof = schedule_of(plan.schedule, plan.cut, parts, level)
+    return proof.live[position] / len(plan.cut.at(position)) if proof.live else 1.0
 
 
 def _kept(mixer: MixerConfig, tokens: _Tokens, plane: int) -> int:

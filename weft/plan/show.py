@@ -1,37 +1,27 @@
 """A plan as people read it: who holds what, as tables, as a grid of ranks in text, and as SVG."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from weft.plan.dispatch import Link
 from weft.plan.exchanges import exchanges
+from weft.plan.forecast import pipeline_tables, pipelined, schedule_row
 from weft.plan.grid import Grid
 from weft.plan.layout import Plan, of_experts
 from weft.plan.memory import Memory, largest
 from weft.plan.shard import SHARED, Plane
+from weft.plan.table import Row, Table, bytes_words
 from weft.plan.units import Unit, units
 from weft.spec.param import Dim, ParamSpec
 from weft.spec.run import RunConfig
 
-Row = tuple[str, ...]
 _ROWS, _COLUMNS, _GROUPS = 6, 8, 3  # the most of each that are written out
 _INNER = {"tp", "tp_embed", "ep", "etp"}  # axes that are columns of the picture
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows under a title and a head, which may be empty; lines of a ``picture`` differ in colour."""
-
-    title: str
-    head: Row
-    rows: tuple[Row, ...]
-    picture: bool = False
 
 
 def show(run: RunConfig, plan: Plan) -> list[Table]:
     """Everything about a plan that fits: grids and their pictures, units, memory."""
     tables: list[Table] = []
-    for role, grid in (("decoder", plan.decoder.grid), ("experts", plan.experts.grid)):
+    for role, grid in _grids(plan):
         rows = tuple(_axis_rows(grid))
         tables.append(
             Table(f"{role}: {_ranks(grid)}", ("axis", "size", "groups", "ranks") if rows else (), rows)
@@ -46,7 +36,22 @@ def show(run: RunConfig, plan: Plan) -> list[Table]:
         head = ("layer", "setting", "form", "received", "other forms")
         title = "exchanges of a layer, by a rank for one microbatch, forward and backward (a mean)"
         tables.append(Table(title, head, rows))
+    told = pipelined(run, plan)
+    tables += pipeline_tables(run.model, told) if told else []
     return [*tables, memory_table(*largest(run, plan), plan.world)]
+
+
+def _grids(plan: Plan) -> Iterator[tuple[str, Grid]]:
+    """Roles and their grids; where pipeline ranks differ, those of each."""
+    for role in ("decoder", "experts"):
+        if not plan.of_stages:
+            yield role, getattr(plan, role).grid
+        for position, each in enumerate(plan.of_stages):
+            grid = getattr(each, role).grid
+            length = len(grid.ranks) // grid.size("pp")
+            own = grid.ranks[position * length : (position + 1) * length]
+            axes = tuple(pair for pair in grid.axes if pair[0] != "pp")
+            yield f"{role} of pipeline rank {position}", Grid(own, axes)
 
 
 def _exchange_row(
@@ -66,9 +71,11 @@ def summary(run: RunConfig, plan: Plan) -> Table:
     store, (rank, need) = plan.decoder.store, largest(run, plan)
     cut = f"level {store.level}" + (f" over {' x '.join(store.over)}" if store.level else "")
     state, rest = bytes_words(need.state), bytes_words(need.total - need.state)
-    rows = [("ranks", f"{plan.world:,}"), ("decoder", axes_words(plan.decoder.grid))]
-    if any(of_experts(spec) for unit in units(run.model) for spec in unit.specs):
-        rows.append(("experts", axes_words(plan.experts.grid)))
+    mixtures = any(of_experts(spec) for unit in units(run.model) for spec in unit.specs)
+    rows = [("ranks", f"{plan.world:,}")]
+    rows += [(role, axes_words(grid)) for role, grid in _grids(plan) if mixtures or "decoder" in role]
+    told = pipelined(run, plan)
+    rows += [schedule_row(told)] if told else []
     rows.append(("store", cut))
     rows.append(("memory", f"{bytes_words(need.total)} on rank {rank}: state {state}, at work about {rest}"))
     return Table("", ("", ""), tuple(rows))
@@ -151,11 +158,13 @@ def _formula(grid: Grid) -> str:
 
 
 def _unit_rows(plan: Plan, unit: Unit) -> Iterator[Row]:
-    rank = plan.decoder.grid.ranks[0]
+    positions = plan.positions(unit.names[0])
+    plan = plan.at(positions[0])
+    rank = plan.decoder.firsts[positions[0]]
     several = f" x {len(unit.names)}" if len(unit.names) > 1 else ""
     for i, spec in enumerate(unit.specs):
         here, layout = plan.shape(spec, rank), plan.of(spec)
-        copies = sorted({len(layout.holders(rank, piece.holders)) for piece in plan.held(spec, rank)})
+        copies = sorted({len(layout.holders(positions, piece.holders)) for piece in plan.held(spec, rank)})
         folded = layout is plan.experts
         cut = _folded_words(plan, spec) if folded else _cut_words(plan.decoder.plane, spec, here)
         label = unit.kind + several if i == 0 else ""
@@ -218,29 +227,3 @@ def memory_table(rank: int, need: Memory, world: int) -> Table:
     ]
     title = "memory" if world == 1 else f"memory of rank {rank}, which needs most"
     return Table(title, ("", ""), tuple((name, bytes_words(count)) for name, count in rows if count))
-
-
-def bytes_words(count: int) -> str:
-    """``512 B``, ``1.5 GiB``."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} TiB"
-
-
-def as_text(tables: Sequence[Table]) -> str:
-    """Aligned columns, one table after another; a table without a title has no head and no indent."""
-    return "\n\n".join("\n".join(_lines(table)) for table in tables) + "\n"
-
-
-def _lines(table: Table) -> Iterator[str]:
-    rows, indent = list(table.rows), ""
-    if table.title:
-        yield table.title
-        rows, indent = [table.head] * any(table.head) + rows, "  "
-    widths = [max((len(row[i]) for row in rows), default=0) for i in range(len(table.head))]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        yield (indent + "  ".join(cells)).rstrip()

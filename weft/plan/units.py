@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from weft.plan.grid import Grid
-from weft.plan.shard import share
+from weft.plan.layout import Plan
 from weft.spec.hybrid import BlockConfig, HybridConfig
 from weft.spec.param import ParamSpec
 
@@ -28,9 +28,9 @@ class Unit:
     specs: tuple[ParamSpec, ...]
     block: BlockConfig | None = None
 
-    def at(self, model: HybridConfig, pp: int, stage: int) -> int:
-        """How many of them one of ``pp`` pipeline stages holds."""
-        return sum(stage_of(name, model, pp) == stage for name in self.names)
+    def at(self, plan: Plan, position: int) -> int:
+        """How many of them a pipeline rank holds."""
+        return sum(position in plan.positions(name) for name in self.names)
 
 
 @lru_cache(maxsize=16)
@@ -53,17 +53,6 @@ def units(model: HybridConfig) -> tuple[Unit, ...]:
         own = tuple(spec for spec in model.mtp[0].params() if not spec.name.startswith("layers."))
         found.append(Unit("MTP joint", tuple(f"mtp.{i}" for i in range(len(model.mtp))), own))
     return tuple(found)
-
-
-def stage_of(name: str, model: HybridConfig, pp: int) -> int:
-    """The stage of a unit: layers in runs as even as it goes, the table first, everything else last."""
-    first, _, rest = name.partition(".")
-    if first == "embed":
-        return 0
-    if first != "layers":
-        return pp - 1
-    layer, layers = int(rest), len(model.parts.main)
-    return next(stage for stage in range(pp) if layer in share(layers, pp, stage))
 
 
 def same_stages(outer: Grid, inner: Grid) -> bool:

@@ -131,7 +131,7 @@ def _train(verbs: Verbs) -> None:
         from weft.recipes.plan_verb import fitting_plan, launcher
 
         resolved = resolve_run(arguments)
-        plan = fitting_plan(resolved, env.world_size(), to_run=True)
+        plan = fitting_plan(resolved, env.world_size(), to_run=True, words=_words(arguments))
         _refuse_missing(resolved.config)
         if arguments.dry_run:
             from weft.recipes.show import show_run
@@ -178,7 +178,7 @@ def _plan(verbs: Verbs) -> None:
     _settings(parser)
     add = parser.add_argument
     add("--ranks", metavar="N", type=_positive, help="ranks of the run; default: WORLD_SIZE or 1")
-    add("--show", action="store_true", help="grids, groups, the cut of every parameter, memory")
+    add("--show", action="store_true", help="grids, groups, the cut of every parameter, stages, memory")
     add(
         "--diff",
         metavar="FILE|section.name=value",
@@ -187,7 +187,13 @@ def _plan(verbs: Verbs) -> None:
         help="compare with another plan: what changes, and the bytes that ranks receive; repeatable",
     )
     add("--diff-ranks", metavar="N", type=_positive, help="ranks of the other plan; default: the same")
-    add("--picture", metavar="FILE.svg", type=Path, help="draw both grids")
+    add(
+        "--picture",
+        metavar="FILE.svg",
+        type=Path,
+        help="draw both grids, or the deadlock of a schedule",
+    )
+    add("--timeline", metavar="FILE.svg", type=Path, help="draw when each stage would run, by its FLOPs")
     add("--save", metavar="FILE.yaml", type=Path, help="write the plan; plan=FILE.yaml uses it")
 
 

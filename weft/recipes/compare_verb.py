@@ -86,7 +86,7 @@ def parse_side(text: str, run: RunConfig) -> Side:
     if counts:
         ranks = int(counts[-1]) if counts[-1].isdecimal() else 0
     problems = [Problem("ranks", f"{counts[-1]!r} is not a number of ranks, such as 4")] if not ranks else []
-    problems = problems or check(run.model, plan, ranks) or executable(plan_of(plan, ranks))
+    problems = problems or check(run.model, plan, ranks) or executable(plan_of(plan, ranks, run.model))
     if problems:
         raise ConfigError(Problem(p.path, f"{p.message} (--plan {text!r})") for p in problems)
     return Side(text, plan, ranks)

@@ -2,7 +2,7 @@
 
 import argparse
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from weft.config.errors import ConfigError
@@ -10,8 +10,10 @@ from weft.config.load import to_yaml
 from weft.config.resolve import Resolved, located
 from weft.plan.check import check_run, executable
 from weft.plan.diff import diff, moved
-from weft.plan.layout import Plan, plan_of
-from weft.plan.show import Table, bytes_words, show, summary
+from weft.plan.forecast import deadlock, drawn, forecast
+from weft.plan.layout import Plan, plan_of_run
+from weft.plan.show import show, summary
+from weft.plan.table import Table, bytes_words
 from weft.spec.run import RunConfig
 
 PER_NODE = 8  # ranks that the suggested torchrun command starts on one machine
@@ -32,8 +34,21 @@ class Report:
     next: tuple[str, ...]
 
 
-def fitting_plan(resolved: Resolved[RunConfig], ranks: int, to_run: bool = False) -> Plan:
-    """The plan of a run on so many ranks; ``to_run`` asks that this version can run it too.
+def fitting_plan(
+    resolved: Resolved[RunConfig],
+    ranks: int,
+    to_run: bool = False,
+    words: str = "",
+    picture: Path | None = None,
+) -> Plan:
+    """The plan of a run on so many ranks.
+
+    Args:
+        resolved: the run.
+        ranks: of the run.
+        to_run: this version must be able to run it too.
+        words: recipe, files and overrides as on the command line, for the command that draws a deadlock.
+        picture: where to draw it instead.
 
     Raises:
         ConfigError: every reason why it does not fit, each with what set the value.
@@ -41,11 +56,27 @@ def fitting_plan(resolved: Resolved[RunConfig], ranks: int, to_run: bool = False
     run = resolved.config
     problems = check_run(run, ranks)
     if not problems:
-        plan = plan_of(run.plan, ranks)
+        plan = plan_of_run(run, ranks)
         problems = executable(plan) if to_run else []
         if not problems:
             return plan
-    raise ConfigError(located(problem, resolved.origins) for problem in problems)
+    found = [located(problem, resolved.origins) for problem in problems]
+    if wrong := [problem for problem in found if problem.path.startswith("plan.schedule")]:
+        note = _drawn_cycle(run, ranks, words, picture)
+        found = [problem for problem in found if problem not in wrong]
+        found += [*wrong[:-1], replace(wrong[-1], message=f"{wrong[-1].message}{note}")]
+    raise ConfigError(found)
+
+
+def _drawn_cycle(run: RunConfig, ranks: int, words: str, picture: Path | None) -> str:
+    """A line that says where the ranks that wait for each other are drawn, if there are such."""
+    svg = deadlock(run, ranks)
+    if not svg:
+        return ""
+    if not picture:
+        return f"\ndraw them: weft plan {words} --ranks {ranks} --picture cycle.svg"
+    _write(picture, svg)
+    return f"\nthey are drawn in {picture}"
 
 
 def plan_report(
@@ -57,12 +88,13 @@ def plan_report(
     """Do what the arguments ask for.
 
     Args:
-        arguments: ``ranks``, ``show``, ``picture``, ``save``, ``diff_ranks``.
+        arguments: ``ranks``, ``show``, ``picture``, ``timeline``, ``save``, ``diff_ranks``.
         resolved: the run.
         other: the run whose plan to compare with.
         words: recipe, files and overrides as on the command line.
     """
-    run, plan = resolved.config, fitting_plan(resolved, arguments.ranks)
+    run = resolved.config
+    plan = fitting_plan(resolved, arguments.ranks, words=words, picture=arguments.picture)
     tables = show(run, plan) if arguments.show else [summary(run, plan)]
     notes: list[str] = []
     if other:
@@ -73,6 +105,9 @@ def plan_report(
 
         _write(arguments.picture, svg(plan))
         notes.append(f"drawn in {arguments.picture}")
+    if arguments.timeline:
+        _write(arguments.timeline, drawn(forecast(run, plan)))
+        notes.append(f"timeline drawn in {arguments.timeline}")
     if arguments.save:
         _write(arguments.save, to_yaml(run.plan))
         notes.append(f"saved in {arguments.save}")

@@ -8,7 +8,8 @@ from weft.config.load import to_dict
 from weft.config.resolve import Resolved, leaves
 from weft.config.text import dump_value
 from weft.plan.layout import Plan
-from weft.plan.show import Table, as_text, bytes_words, summary
+from weft.plan.show import summary
+from weft.plan.table import Table, as_text, bytes_words
 from weft.spec.count import count, mean_context, state_bytes, training_flops_per_token
 from weft.spec.run import RunConfig
 

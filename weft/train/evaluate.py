@@ -3,14 +3,18 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice, zip_longest
 
 import torch
 
 from weft.data.batch import Batch, empty
 from weft.models.hybrid import HybridLM
+from weft.parallel.executor import Executor
 from weft.parallel.mesh import Mesh
 from weft.parallel.together import on_every
-from weft.train.objective import check_tokens, to_device
+from weft.plan.placing import forward_only
+from weft.train.objective import check_tokens
+from weft.train.passes import Pipeline, Reading
 
 
 @dataclass(frozen=True)
@@ -37,22 +41,23 @@ def evaluate(model: HybridLM, batches: Iterable[Batch], mesh: Mesh, chunk: int) 
     Raises:
         DataError: on every rank, if the batches of one cannot be used.
     """
-    device, mine = model.embed.weight.device, iter(batches)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    read: list[Batch] = []
+    work, mine = Reading(Pipeline.of(model, mesh), chunk), iter(batches)
+    schedule = forward_only(work.links.graph, work.links.graph.ranks)
+    executor = Executor(schedule, mesh.position, work, model.device)
+    tokens, read = 0, list[Batch]()
 
-    def take() -> bool:
-        read[:] = [batch for batch in (next(mine, None),) if batch is not None]
+    def take() -> list[list[int]]:
+        read[:] = islice(mine, schedule.microbatches)
         for batch in read:
             check_tokens(batch, model.config.vocab_size)
-        return bool(read)
+        return [list(batch.windows) for batch in read] if mesh.leads else [[]] * len(read)
 
-    while any(on_every(mesh.comm, take)):
-        batch = read[0] if read else empty(1)
-        run = to_device(batch, device, mesh)
-        hidden = model.hidden(run.tokens, model.context(run.segments))
-        targets = run.future[:1].masked_fill(~run.mask[:1], -1)
-        sums[0] += model.head([hidden], targets, [1.0], chunk)[0]
-        sums[1] += batch.targets[0] * mesh.leads
+    while any(everyone := on_every(mesh.comm, take)):
+        batch = [*read, *(empty(1) for _ in range(schedule.microbatches - len(read)))]
+        parts = zip_longest(*everyone, range(schedule.microbatches), fillvalue=[])
+        work.read(batch, [[size for own in part[:-1] for size in own] for part in parts])
+        executor.run()
+        tokens += sum(each.targets[0] for each in read) * mesh.leads
+    sums = torch.stack([work.nats, work.nats.new_tensor(tokens)])
     nats, count = mesh.comm.all_reduce(sums).tolist()
     return Evaluation(nats / max(1.0, count), int(count))

@@ -13,16 +13,22 @@ from torch import Tensor
 from weft.config.errors import RunError
 from weft.data.batch import Batch
 from weft.models.hybrid import HybridLM
+from weft.ops.late import attach
+from weft.parallel.executor import Executor
 from weft.parallel.flat import Stored
 from weft.parallel.mesh import Mesh
 from weft.parallel.store import Store
+from weft.parallel.together import Union
 from weft.plan.box import Box
 from weft.plan.shard import share
+from weft.plan.step import schedule_of
+from weft.plan.timeline import Span
 from weft.spec.count import mean_context, training_flops_per_token
 from weft.spec.run import RunConfig
 from weft.train.memory import peak_memory
-from weft.train.objective import PARTS, Totals, objective, take, to_device, who_read
-from weft.train.optimizer import Optimizer, RouterLoad, load_row
+from weft.train.objective import PARTS, Outcome, Run, Totals, take, who_read
+from weft.train.optimizer import Optimizer, RouterLoad, in_order, load_row
+from weft.train.passes import Pipeline, Training
 from weft.train.routing import as_text, routing_hash
 from weft.train.schedule import learning_rate
 
@@ -48,6 +54,21 @@ class NotFinite(RunError):
         self.row = row
 
 
+class _Sums:
+    """Of this rank's passes in a step.
+
+    Attributes:
+        parts: its PARTS.
+        entropies: of each router.
+        routing: the hash of its choices.
+    """
+
+    def __init__(self, parts: Tensor) -> None:
+        self.parts = parts
+        self.entropies: dict[str, Tensor] = {}
+        self.routing = torch.zeros((), dtype=torch.int64, device=parts.device)
+
+
 class Trainer:
     """Model, store, optimizer and data of one run on one rank."""
 
@@ -58,6 +79,19 @@ class Trainer:
         self.store = Store(model, config.model.params(), config.train.precision, mesh)
         self.optimizer = Optimizer(self.store, config.optimizer)
         self.load = RouterLoad(model)
+        self.pipeline = Pipeline.of(model, mesh)
+        self._passes = Training(self.pipeline, self.store, config.train.loss_chunk, self._note)
+        schedule, _ = schedule_of(
+            config.plan.schedule,
+            self.pipeline.cut,
+            mesh.whole.microbatches(config.train),
+            self.store.level,
+        )
+        self.executor = Executor(schedule, mesh.position, self._passes, model.device)
+        if self.executor.splits:
+            attach(model, self.executor.late)
+        self.spans: list[Span] = []  # of the last step, on this rank
+        self._routers = Union(self.comm)
         self.samples = self.tokens = 0
         self.seconds = 0.0
         self._read = 0  # tokens of the steps of this process, and the keys that they saw
@@ -66,13 +100,12 @@ class Trainer:
     def batches(self, samples: int) -> list[Batch]:
         """This rank's microbatches of the global batch that starts after ``samples`` samples.
 
-        The batch is cut into parts that all readers compute at the same time, and each part into their
+        The batch is cut into microbatches that all readers compute at the same time, and each into their
         shares, which differ by at most one sample and may be empty. So the samples that are computed together
-        depend on the number of parts only, not on the layout.
+        depend on the number of microbatches only, not on the layout.
         """
         train, readers = self.config.train, self.mesh.layout.readers
-        together = min(train.micro_batch_size * readers, train.global_batch_size)
-        parts = -(-train.global_batch_size // together)
+        parts = self.mesh.whole.microbatches(train)
         cuts = (share(train.global_batch_size, parts, i) for i in range(parts))
         mine = ((cut, share(len(cut), readers, self.mesh.reader)) for cut in cuts)
         return [self.loader.microbatch(samples + cut.start + own.start, len(own)) for cut, own in mine]
@@ -80,9 +113,8 @@ class Trainer:
     @property
     def _full(self) -> tuple[int, ...]:
         """Tokens of each sample of the largest microbatch."""
-        train = self.config.train
-        share = -(-train.global_batch_size // self.mesh.layout.readers)
-        return (self.config.data.seq_length,) * min(train.micro_batch_size, share)
+        most = -(-self.mesh.whole.together(self.config.train) // self.mesh.layout.readers)
+        return (self.config.data.seq_length,) * most
 
     @property
     def flops_per_token(self) -> float:
@@ -104,50 +136,56 @@ class Trainer:
             DataError: every label masked, a token id outside the vocabulary, or data that cannot be read.
         """
         began = time.perf_counter()
+        taken, totals, sizes = take(batches, self.config.model.vocab_size, self.comm, self.mesh)
+        self._sums = _Sums(torch.zeros(len(PARTS), dtype=self.store.master_dtype, device=self.model.device))
+        row: dict[str, Any] = {}
+        known = {"seed": self.config.run.seed, "tally": {}, "full": self._full}
+        self._passes.read(taken, sizes)
+        self._passes.begin(totals, lambda: row.update(self._update(iteration, totals, taken)), **known)
+        self.store.zero_grad()
+        self.spans = self.executor.run()
+        return row | self._progress(totals, began) | self._loads
+
+    def _note(self, run: Run, made: Outcome) -> None:
+        """What one stage made of a microbatch."""
+        self._sums.parts += made.parts
+        self._sums.routing += routing_hash(self.model, run, made.reported)
+        for key, router in made.reported.stats.items():
+            self.load.add(key, router.counts, router.drop)
+            before = self._sums.entropies.get(key, 0)
+            self._sums.entropies[key] = before + router.entropy / self._passes.totals.tokens
+
+    def _update(self, iteration: int, totals: Totals, taken: Sequence[Batch]) -> dict[str, Any]:
+        """After the last pass: gradients, what the step reports, and the optimizer."""
         config = self.config
-        taken, totals = take(batches, config.model.vocab_size, self.comm, self.mesh.leads)
-        local, entropies, routing = self._backward(taken, totals)
         self.store.reduce()
-        parts = self.comm.all_reduce(local.clone())
+        parts = self.comm.all_reduce(self._sums.parts.clone())
         norm = self.store.norm()
         values: dict[str, Any] = dict(zip(PARTS, parts.tolist(), strict=True))
-        if entropies:
-            spread = self.comm.all_reduce(torch.stack(list(entropies.values()))).tolist()
-            values["router_entropy"] = dict(zip(entropies, spread, strict=True))
-            values["routing_hash"] = as_text(self.comm.all_reduce(routing))
+        values |= self._routing()
         row = {"step": iteration, "loss": self._total(values), **values, "grad_norm": norm.item()}
         row["lr"] = learning_rate(iteration, config.optimizer, config.scheduler, config.train.train_iters)
-        self._refuse_nan(row, taken, local)
+        self._refuse_nan(row, taken, self._sums.parts)
         self.optimizer.clip(norm)
         self.optimizer.step(row["lr"])
         counts = self.load.finish(self.comm, config.model.router_bias_update_rate)
-        dropped = self.load.dropped if config.model.moe_capacity_factor else None
-        return row | self._progress(totals, began) | load_row(counts, dropped)
+        self._loads = load_row(counts, self.load.dropped if config.model.moe_capacity_factor else None)
+        return row
 
-    def _backward(self, batches: Sequence[Batch], totals: Totals) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Gradients of this rank's microbatches; its PARTS, the entropy of each router, the routing hash."""
-        self.store.zero_grad()
-        entropies: dict[str, Tensor] = {}
-        tally: dict[str, Tensor] = {}  # choices of experts in this step, of all ranks
-        device = self.model.embed.weight.device
-        parts = torch.zeros(len(PARTS), dtype=self.store.master_dtype, device=device)
-        routing = torch.zeros((), dtype=torch.int64, device=device)
-        for batch in batches:
-            run = to_device(batch, device, self.mesh)
-            known = {"seed": self.config.run.seed, "tally": tally, "full": self._full}
-            loss, own, losses = objective(self.model, run, totals, self.config.train.loss_chunk, **known)
-            loss.backward()
-            self.store.end_microbatch()
-            parts += own
-            routing += routing_hash(self.model, run, losses)
-            for key, router in losses.stats.items():
-                self.load.add(key, router.counts, router.drop)
-                entropies[key] = entropies.get(key, 0) + router.entropy / totals.tokens
-        return parts, entropies, routing
+    def _routing(self) -> dict[str, Any]:
+        """Entropy of the routers of all pipeline ranks, in the model's order, and the hash of choices."""
+        mine = self._sums.entropies
+        names = sorted(self._routers.of(dict.fromkeys(mine, 1)), key=in_order)
+        if not names:
+            return {}
+        none = self._sums.parts.new_zeros(())
+        spread = self.comm.all_reduce(torch.stack([mine.get(name, none) for name in names])).tolist()
+        hashed = as_text(self.comm.all_reduce(self._sums.routing))
+        return {"router_entropy": dict(zip(names, spread, strict=True)), "routing_hash": hashed}
 
     def _progress(self, totals: Totals, began: float) -> dict[str, Any]:
         """Add the step to what has been done; the part of the row that tells it."""
-        device = self.model.embed.weight.device
+        device = self.model.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the step ends when its work has, not when it is queued
         seconds = time.perf_counter() - began
@@ -189,7 +227,7 @@ class Trainer:
         shards = self.store.pieces(lambda flat: flat.shard)
         yield from (replace(piece, name=f"model/{piece.name}") for piece in shards)
         for spec in self.config.model.params():
-            if spec.buffer:  # whole and the same on every rank
-                tensor, owned = self.model.get_buffer(spec.name), self.comm.rank == 0
+            if spec.buffer and self.mesh.has(spec.name):  # whole and the same on every rank of a stage
+                tensor, owned = self.model.get_buffer(spec.name), self.mesh.first
                 yield Stored(f"model/{spec.name}", tensor, Box.whole(spec.shape), spec.shape, owned)
         yield from self.optimizer.pieces()

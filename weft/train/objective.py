@@ -22,6 +22,7 @@ from weft.ops.segments import Segments
 from weft.parallel.comm import Comm
 from weft.parallel.mesh import Mesh
 from weft.parallel.together import on_every
+from weft.plan.stages import Piece
 from weft.spec.count import mean_context
 
 CPU = torch.device("cpu")
@@ -43,10 +44,16 @@ class Totals:
     context: float
 
 
-def take(batches: Iterable[Batch], vocab: int, comm: Comm, counts: bool = True) -> tuple[list[Batch], Totals]:
+def take(
+    batches: Iterable[Batch], vocab: int, comm: Comm, mesh: Mesh | None = None
+) -> tuple[list[Batch], Totals, list[list[int]]]:
     """Read this rank's microbatches of a step, check them, count those of all ranks; a collective call.
 
-    ``counts`` says whether this rank's microbatches count: of ranks that read the same ones, one does.
+    Of ranks that read the same microbatches, one counts them.
+
+    Returns:
+        This rank's microbatches; counts of the global batch; and, where pipeline ranks differ in layout, the
+        tokens of every sample of each microbatch, of all readers.
 
     Raises:
         DataError: on every rank, naming rank and samples: ``batches`` failed or was empty, a token id is
@@ -67,7 +74,17 @@ def take(batches: Iterable[Batch], vocab: int, comm: Comm, counts: bool = True) 
             check_tokens(batch, vocab)
         return taken
 
-    return taken, _count(on_every(comm, lambda: _counts(read(), counts)), taken, comm)
+    counts = mesh is None or mesh.leads
+    several = mesh is not None and bool(mesh.whole.of_stages)
+
+    def told() -> tuple[Any, ...]:
+        sizes = [batch.windows for batch in read()] if several and counts else []
+        return *_counts(taken or read(), counts), sizes
+
+    everyone = on_every(comm, told)
+    readers = [sizes for *_, sizes in everyone if sizes]  # in the order of the samples
+    sizes = [[size for own in parts for size in own] for parts in zip(*readers, strict=True)]
+    return taken, _count([each[:3] for each in everyone], taken, comm), sizes
 
 
 def count(batches: Sequence[Batch], comm: Comm) -> Totals:
@@ -156,6 +173,50 @@ def to_device(batch: Batch, device: torch.device = CPU, mesh: Mesh | None = None
     return Run(tokens, future, mask, segments, where)
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What one stage makes of a microbatch.
+
+    Attributes:
+        x: the residual stream after it; None where the model ends.
+        loss: this stage's part of the loss; None where nothing here has one.
+        parts: its PARTS, detached.
+        reported: what the model reports; sums of cross-entropy are zero where the model does not end.
+    """
+
+    x: Tensor | None
+    loss: Tensor | None
+    parts: Tensor
+    reported: Losses
+
+
+def whole(model: HybridLM) -> Piece:
+    """All of a model as one stage."""
+    return Piece(range(len(model.config.blocks)), first=True, last=True, table=True)
+
+
+def stage_objective(
+    model: HybridLM, piece: Piece, x: Tensor | None, run: Run, totals: Totals, chunk: int, **known: Any
+) -> Outcome:
+    """One stage's share of ``objective``; ``x`` is the residual stream before it (None before the table)."""
+    ctx = model.context(run.segments, places=run.places, **known)
+    x = model.through(model.embed(run.tokens) if x is None else x, piece.layers, ctx)
+    if piece.last:
+        scales = [1.0 / max(1, n) for n in totals.targets]
+        losses = model.end(x, run.future, run.mask, ctx, scales, chunk)
+        mtp = sum(losses.mtp, start=losses.lm.new_zeros(())) / max(1, len(losses.mtp))
+    else:
+        mtp = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+        losses = Losses(mtp, (), ctx.stats, ctx.replay.choices)
+    stats = losses.stats.values()
+    zero = losses.lm.new_zeros(())
+    balance = sum((s.balance for s in stats), start=zero) / totals.tokens
+    z = sum((s.z for s in stats), start=zero) / totals.tokens
+    loss = losses.lm + model.config.mtp_loss_scale * mtp + balance + z
+    parts = torch.stack([losses.lm.detach(), mtp.detach(), balance.detach(), z.detach()])
+    return Outcome(None if piece.last else x, loss if loss.requires_grad else None, parts, losses)
+
+
 def objective(
     model: HybridLM, run: Run, totals: Totals, chunk: int, **known: Any
 ) -> tuple[Tensor, Tensor, Losses]:
@@ -163,14 +224,6 @@ def objective(
 
     ``known``: further fields of the forward pass's context.
     """
-    ctx = model.context(run.segments, places=run.places, **known)
-    scales = [1.0 / max(1, n) for n in totals.targets]
-    losses = model.losses(run.tokens, run.future, run.mask, ctx, scales, chunk)
-    stats = losses.stats.values()
-    zero = losses.lm.new_zeros(())
-    mtp = sum(losses.mtp, start=zero) / max(1, len(losses.mtp))
-    balance = sum((s.balance for s in stats), start=zero) / totals.tokens
-    z = sum((s.z for s in stats), start=zero) / totals.tokens
-    loss = losses.lm + model.config.mtp_loss_scale * mtp + balance + z
-    parts = torch.stack([losses.lm.detach(), mtp.detach(), balance.detach(), z.detach()])
-    return loss, parts, losses
+    made = stage_objective(model, whole(model), None, run, totals, chunk, **known)
+    assert made.loss is not None  # noqa: S101 - the head's
+    return made.loss, made.parts, made.reported

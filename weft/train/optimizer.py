@@ -12,6 +12,7 @@ from weft.nn.moe import MoE
 from weft.parallel.comm import Comm
 from weft.parallel.flat import Stored
 from weft.parallel.store import Store
+from weft.parallel.together import Union
 from weft.spec.run import OptimizerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -81,6 +82,7 @@ class RouterLoad:
         self.counts: dict[str, Tensor] = {}
         self.dropped: dict[str, Tensor] = {}
         self._drops: dict[str, Tensor] = {}
+        self._union: Union | None = None
 
     def add(self, key: str, counts: Tensor, drop: Tensor | int = 0) -> None:
         """Add one microbatch; repetitions of an MTP depth count for the one physical layer."""
@@ -90,24 +92,45 @@ class RouterLoad:
 
     def _physical(self, key: str) -> str:
         part, depth, *rest = key.split(".")
-        return ".".join(["mtp", str(int(depth) % len(self.model.mtp)), *rest]) if part == "mtp" else key
+        depths = len(self.model.config.mtp)
+        return ".".join(["mtp", str(int(depth) % depths), *rest]) if part == "mtp" else key
 
     def finish(self, comm: Comm, rate: float) -> dict[str, Tensor]:
         """Sum over ranks, move every bias by ``rate * sign(mean - count)``, return the counts."""
-        if self.counts and comm.size > 1:
-            names = sorted(self.counts)
-            rows = [torch.cat([self.counts[name], self._drops[name].view(1)]) for name in names]
-            together = comm.all_reduce(torch.stack(rows))
-            self.counts = {name: row[:-1] for name, row in zip(names, together, strict=True)}
-            self._drops = {name: row[-1] for name, row in zip(names, together, strict=True)}
+        if comm.size > 1:
+            self._sum(comm)
+        units = self.model.units()
         for name, counts in self.counts.items() if rate else ():
-            moe = self.model.get_submodule(name).mixer
+            moe = getattr(units.get(name), "mixer", None)
             if isinstance(moe, MoE):
                 above = len(counts) * counts - counts.sum()  # whole numbers: an even load moves nothing
                 moe.router.bias -= rate * above.sign().to(moe.router.bias.dtype)
         counts, self.counts = self.counts, {}
         self.dropped, self._drops = self._drops, {}
         return counts
+
+    def _sum(self, comm: Comm) -> None:
+        """Over ranks, of the layers of all pipeline ranks."""
+        if self._union is None:
+            self._union = Union(comm)
+        sizes = self._union.of({name: len(counts) for name, counts in self.counts.items()})
+        names = sorted(sizes, key=in_order)
+        if not names:
+            return
+        device = self.model.device
+        none = {name: torch.zeros(sizes[name] + 1, dtype=torch.int64, device=device) for name in names}
+        own = {
+            n: torch.cat([self.counts[n], self._drops[n].view(1)]) if n in self.counts else none[n]
+            for n in names
+        }
+        rows = comm.all_reduce(torch.cat(list(own.values()))).split([sizes[name] + 1 for name in names])
+        self.counts = {name: row[:-1] for name, row in zip(names, rows, strict=True)}
+        self._drops = {name: row[-1] for name, row in zip(names, rows, strict=True)}
+
+
+def in_order(unit: str) -> tuple[bool, list[int]]:
+    """Sorts names of layers as the model uses them: ``layers.10`` after ``layers.9``, MTP depths last."""
+    return unit.startswith("mtp."), [int(word) for word in unit.split(".") if word.isdecimal()]
 
 
 def load_row(counts: dict[str, Tensor], dropped: dict[str, Tensor] | None = None) -> dict[str, Any]:

@@ -7,7 +7,8 @@ It opens without a network, follows the reader's light or dark preference and pr
 - ``summary.json`` once the run has ended: ``{name, params, active_params, flops_per_token, tokens,
   seconds, valid: {bits_per_byte, bytes, tokens}, baselines: {unigram, zlib, lzma}, sample: {prompt, text},
   paths: {report, export, checkpoint}}`` (baselines in bits per byte);
-- ``environment.json``, if there: what ``weft.train.environment`` returns.
+- ``environment.json``, if there: what ``weft.train.environment`` returns;
+- ``timeline.json``, if there: what ``weft.train.timeline`` writes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from weft.train.metrics import replace_text
 from weft.train.record import Record, read_run
 from weft.train.report_cards import expert_cards, grid, learning_cards, speed_cards
 from weft.train.report_style import CSS
+from weft.train.report_timeline import timeline_section
 from weft.train.units import BASELINES, compared, duration, printable, short
 
 
@@ -45,7 +47,7 @@ def render(record: Record) -> str:
         sections.append(f"<h2>Speed and memory</h2>{grid(speed)}")
     if experts:
         sections.append(f"<h2>Experts</h2>{grid(experts)}")
-    sections += [_sample(record), _settings(record), _environment(record)]
+    sections += [timeline_section(record), _sample(record), _settings(record), _environment(record)]
     body = "".join(sections) + "<footer>Made by Weft from the files of the run directory.</footer>"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -15,7 +15,7 @@ h2{font-size:19px;margin:44px 0 12px}h3{font-size:14.5px;margin:0;font-weight:60
 .muted,figcaption,footer{color:var(--muted)}footer{margin-top:40px;font-size:12.5px}
 figcaption{font-size:12.5px;line-height:1.45;margin-top:6px}
 .alert{border-left:4px solid var(--b);background:var(--card);padding:10px 14px;margin-top:16px}
-.grid{display:grid;grid-template-columns:repeat(6,1fr);gap:14px}
+.grid{display:grid;grid-template-columns:repeat(6,1fr);gap:14px}.tiles+.grid{margin-top:14px}
 .s6{grid-column:span 6}.s3{grid-column:span 3}.s2{grid-column:span 2}
 .card{background:var(--card);border:1px solid var(--grid);border-radius:10px;padding:16px 18px}
 .card{margin:0;min-width:0}

@@ -26,11 +26,12 @@ from weft.models.hf_hybrid import unpublishable
 from weft.ops.memory import keep_freed_memory
 from weft.parallel.comm import Comm
 from weft.parallel.launch import connected
-from weft.parallel.mesh import mesh_of
+from weft.parallel.mesh import Mesh
 from weft.parallel.together import on_chief, on_every
 from weft.parallel.watchdog import Watchdog
 from weft.plan.check import check_run, executable
-from weft.plan.layout import plan_of
+from weft.plan.layout import plan_of_run
+from weft.plan.step import schedule_of
 from weft.spec.count import count
 from weft.spec.run import RunConfig
 from weft.train.environment import environment
@@ -42,6 +43,7 @@ from weft.train.progress import Progress, show_summary
 from weft.train.report import write_report
 from weft.train.sample import sample
 from weft.train.saving import Saving
+from weft.train.timeline import Part, compare, part, write_timelines
 
 SAMPLED_PARAMETERS = 10**9  # of a model that ranks share, the most that one of them loads to show a sample
 
@@ -64,7 +66,7 @@ def check_plan(config: RunConfig, world: int) -> None:
     Raises:
         ConfigError: every problem at once.
     """
-    problems = check_run(config, world) or executable(plan_of(config.plan, world))
+    problems = check_run(config, world) or executable(plan_of_run(config, world))
     if problems:
         raise ConfigError(problems)
 
@@ -101,7 +103,7 @@ class Run:
     ) -> None:
         self.config, self.comm, self.device, self.beat = config, comm, device, beat
         check_plan(config, comm.size)
-        self.mesh = mesh_of(config.plan, comm)
+        self.mesh = Mesh(plan_of_run(config, comm.size), comm)
         self.dir = config.directory
         self.chief = comm.rank == 0
         self.peak = 0.0
@@ -235,7 +237,7 @@ class Run:
 
     def _measure_peak(self) -> None:
         """FLOP/s of this rank's device; the best of several moments, for other work only ever slows one."""
-        dtype, told = self.trainer.model.embed.weight.dtype, self.config.logger.peak_flops
+        dtype, told = next(self.trainer.model.parameters()).dtype, self.config.logger.peak_flops
         self.peak = told or max(self.peak, measure_peak(self.device, dtype))
 
     def _evaluate(self, limit: int = 0) -> dict[str, Any]:
@@ -243,10 +245,10 @@ class Run:
         windows = split.windows(
             config.data.seq_length,
             config.model.depths,
-            config.train.micro_batch_size,
+            config.train.micro_batch_size * self.mesh.whole.readers,
             part=self.mesh.reader,
             parts=self.mesh.layout.readers,
-            limit=limit,
+            limit=limit * config.train.micro_batch_size,
         )
         result = evaluate(self.trainer.model, self._beating(windows), self.mesh, config.train.loss_chunk)
         bits = result.bits_per_byte(split.tokens, split.bytes)
@@ -266,11 +268,20 @@ class Run:
     def _finish(self) -> Path:
         valid = self._evaluate() if "valid" in self.corpus.splits else {}
         self.beat(self.trainer.optimizer.steps, "closing")
-        on_chief(self.comm, lambda: self._close(valid))
+        trainer = self.trainer
+        told = self.config.plan.schedule.trace and self.mesh.first and trainer.spans
+        parts = self.comm.gather_objects(part(trainer.spans, trainer.executor.peak) if told else None)
+        on_chief(self.comm, lambda: self._close(valid, [own for own in parts if own]))
         return self.dir
 
-    def _close(self, valid: dict[str, Any]) -> None:
+    def _close(self, valid: dict[str, Any], parts: list[Part]) -> None:
         """Summary and report first, so that an export that fails loses neither."""
+        if parts:
+            config, trainer = self.config.plan.schedule, self.trainer
+            microbatches = self.mesh.whole.microbatches(self.config.train)
+            ran = schedule_of(config, trainer.pipeline.cut, microbatches, trainer.store.level)
+            name, made = config.file or config.kind, compare(parts, *ran)
+            write_timelines(self.dir, trainer.optimizer.steps, name, made)
         exports = self.config.checkpoint.save and not unpublishable(self.config.model)
         summary = self._summary(valid, exports)
         write_json(self.dir / "summary.json", summary)
@@ -282,7 +293,8 @@ class Run:
     def _sample(self) -> dict[str, str]:
         """Text that the model makes: of the model in memory, or of its checkpoint where ranks share it."""
         layout, config = self.mesh.layout, self.config
-        if layout.plane.size == 1 and layout.store.level < 3:
+        whole = layout.plane.size == 1 and layout.grid.size("pp") == 1
+        if whole and layout.store.level < 3:
             return sample(self.trainer.model, self.corpus.tokenizer, config)
         if not config.checkpoint.save or count(config.model).total > SAMPLED_PARAMETERS:
             return {}

@@ -5,7 +5,8 @@ gradients that arrive at them; the names of dimensions say where they belong (``
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +20,17 @@ from weft.nn.block import Block
 from weft.nn.linear import RMSNorm
 from weft.nn.slots import ConvScan, Enter, Leave, Lookup, Product, Scan
 from weft.parallel.comm import Comm, SingleComm
+from weft.parallel.executor import Executor, Made
 from weft.parallel.mesh import Mesh, mesh_of
 from weft.parallel.threads import run_threads
+from weft.plan.placing import complete
+from weft.plan.schedule import Action, Edge, Graph, Schedule
 from weft.plan.shard import share
 from weft.spec.hybrid import HybridConfig
 from weft.spec.layout import PlanConfig
 from weft.spec.param import Dim, ParamSpec, dim
-from weft.train.objective import PARTS, count, objective, to_device
+from weft.train.objective import PARTS, Totals, count, stage_objective
+from weft.train.passes import Pipeline, Stages
 
 Name = tuple[str, str]
 """A unit (``layers.3``) and a tensor inside it (``mixer.in_proj``)."""
@@ -42,12 +47,14 @@ class Piece:
         rows: its global rows (tokens of the global batch).
         columns: its global columns (features).
         value: the elements, in fp64.
+        stage: of the pipeline, in which the rank has it.
     """
 
     rank: int
     rows: Int64[Tensor, " rows"]
     columns: Int64[Tensor, " columns"]
     value: Float[Tensor, "rows columns"]
+    stage: int = 0
 
 
 Pieces = Mapping[Name, Sequence[Piece]]
@@ -98,20 +105,22 @@ def run_plan(plan: PlanConfig, ranks: int, step: Step) -> Trace:
     sizes = sorted((len(sample.tokens) for sample in step.samples), reverse=True)
 
     def work(comm: Comm) -> list[dict[Name, Piece]]:
-        mesh = mesh_of(plan, comm)
+        mesh = mesh_of(plan, comm, step.model)
         model = assemble(step.model, step.precision, torch.device("cpu"), step.seed, mesh)
         mine = share(len(step.samples), mesh.layout.readers, mesh.reader)
         batch = join(step.samples[mine.start : mine.stop])
         full = tuple(sizes[: len(share(len(sizes), mesh.layout.readers, 0))])
         before = sum(len(sample.tokens) for sample in step.samples[: mine.start])
-        run = to_device(batch, torch.device("cpu"), mesh)
+        work_here = _Once(Pipeline.of(model, mesh), totals, step, full)
+        work_here.read([batch], [[len(sample.tokens) for sample in step.samples]])
+        run = work_here.run(0)
         weights = _parameters(model, mesh, lambda tensor: tensor)
         recorder = _Recorder(model, mesh, len(run.tokens), before + run.segments.start)
-        loss, parts, _ = objective(model, run, totals, step.chunk, seed=step.seed, full=full)
-        loss.backward()
+        work_here.recorder = recorder
+        Executor(_once(work_here.links.graph), mesh.position, work_here).run()
         losses = {
             ("head", name): _piece(mesh.rank, torch.arange(1), torch.arange(1), part)
-            for name, part in zip(PARTS, parts, strict=True)
+            for name, part in zip(PARTS, work_here.parts, strict=True)
         }
         arrived = recorder.backward
         backward = {name: arrived[name] for name in recorder.forward if name in arrived}
@@ -121,10 +130,35 @@ def run_plan(plan: PlanConfig, ranks: int, step: Step) -> Trace:
     return Trace(*(_joined(phase) for phase in zip(*results, strict=True)))
 
 
+def _once(graph: Graph) -> Schedule:
+    """One microbatch, forward and back."""
+    stages = [graph.at(rank) for rank in range(graph.ranks)]
+    forward = [[Action("F", stage, 0) for stage in own] for own in stages]
+    back = [[Action(op, stage, 0) for stage in reversed(own) for op in ("B", "W")] for own in stages]
+    return complete(graph, tuple((*f, *b) for f, b in zip(forward, back, strict=True)))
+
+
+class _Once(Stages):
+    """One pass of one microbatch; gradients stay on each rank."""
+
+    def __init__(self, pipeline: Pipeline, totals: Totals, step: Step, full: tuple[int, ...]) -> None:
+        super().__init__(pipeline)
+        self.parts = torch.zeros(len(PARTS), dtype=torch.float64)
+        self.recorder: _Recorder
+        self._objective = partial(stage_objective, totals=totals, chunk=step.chunk, seed=step.seed, full=full)
+
+    def forward(self, stage: str, microbatch: int, inputs: Mapping[Edge, Tensor]) -> Made:
+        x, self.recorder.stage = next(iter(inputs.values()), None), int(stage)
+        made = self._objective(self.model, self.pieces[stage], x, self.run(microbatch))
+        self.parts += made.parts
+        return Made(self.outputs(stage, made.x), made.loss)
+
+
 def _joined(ranks: Sequence[Mapping[Name, Piece]]) -> Pieces:
-    """Pieces of all ranks by name, in the order of the first rank."""
+    """Pieces of all ranks by name, in the order of the stages and of the first rank that has them."""
     names = dict.fromkeys(name for rank in ranks for name in rank)
-    return {name: [rank[name] for rank in ranks if name in rank] for name in names}
+    found = {name: [rank[name] for rank in ranks if name in rank] for name in names}
+    return dict(sorted(found.items(), key=lambda pair: min(piece.stage for piece in pair[1])))
 
 
 def _piece(rank: int, rows: Tensor, columns: Tensor, value: Tensor) -> Piece:
@@ -135,7 +169,7 @@ def _piece(rank: int, rows: Tensor, columns: Tensor, value: Tensor) -> Piece:
 def _parameters(model: HybridLM, mesh: Mesh, read: Callable[[Tensor], Tensor]) -> dict[Name, Piece]:
     """``read`` of every parameter and buffer; dimensions after the first are flattened to columns."""
     found: dict[Name, Piece] = {}
-    for spec, tensor in _tensors(model).values():
+    for spec, tensor in _tensors(model, mesh).values():
         axes = [torch.zeros(size, dtype=torch.int64) for size in mesh.shape(spec)]
         for held in mesh.held(spec):
             for axis, rows in enumerate(axes):
@@ -154,10 +188,10 @@ def _gradient(tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
 
 
-def _tensors(model: HybridLM) -> dict[int, tuple[ParamSpec, Tensor]]:
+def _tensors(model: HybridLM, mesh: Mesh) -> dict[int, tuple[ParamSpec, Tensor]]:
     """Live parameters and buffers with their specs, by identity."""
     found: dict[int, tuple[ParamSpec, Tensor]] = {}
-    for spec in model.config.params():
+    for spec in (spec for spec in model.config.params() if mesh.has(spec.name)):
         path, _, name = spec.name.rpartition(".")
         tensor = getattr(model.get_submodule(path), name)
         found[id(tensor)] = spec, tensor
@@ -184,8 +218,9 @@ class _Recorder:
     def __init__(self, model: HybridLM, mesh: Mesh, tokens: int, before: int) -> None:
         self.forward: dict[Name, Piece] = {}
         self.backward: dict[Name, Piece] = {}
+        self.stage = 0
         self._mesh, self._tokens, self._before = mesh, tokens, before
-        self._specs = {key: spec for key, (spec, _) in _tensors(model).items()}
+        self._specs = {key: spec for key, (spec, _) in _tensors(model, mesh).items()}
         self._residual = dim("embed", model.config.hidden_size)
         self._open: list[tuple[str, str]] = []  # units that run: their names, and paths of their modules
         self._choices: dict[str, Tensor] = {}  # of the forward pass
@@ -260,12 +295,14 @@ class _Recorder:
             columns = (columns[:, None] * inner + torch.arange(inner)).flatten()
         if flat.shape != (len(rows), len(columns)):
             return False
-        self.forward[name] = _piece(self._mesh.rank, rows, columns, flat)
+        self.forward[name] = replace(_piece(self._mesh.rank, rows, columns, flat), stage=self.stage)
         return True
 
     def _arrive(self, name: Name, gradient: Tensor) -> None:
         there = self.forward[name]
-        self.backward[name] = _piece(there.rank, there.rows, there.columns, gradient)
+        self.backward[name] = replace(
+            _piece(there.rank, there.rows, there.columns, gradient), stage=there.stage
+        )
 
     def _rows(self, dims: Dim) -> Tensor:
         plane, place = self._mesh.plane, self._mesh.place

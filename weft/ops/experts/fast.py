@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from weft.ops.late import gradient, later, queued
 from weft.ops.linear.fast import linear
 
 GROUPED_ROWS = range(16, 257)  # rows for which one grouped call beats a loop, without gradient
@@ -27,6 +28,29 @@ def _slices(counts: list[int]) -> Iterator[tuple[int, slice]]:
         start += count
 
 
+def _total(counts: list[int], left: Tensor, right: Tensor) -> Tensor:
+    """A place for the gradient of each expert's matrix; zeros for experts without rows."""
+    total = left.new_empty(len(counts), left.shape[1], right.shape[1])
+    for e in (e for e, count in enumerate(counts) if not count):
+        total[e] = 0.0
+    return total
+
+
+def _grad_up(grad_inner: Tensor, x: Tensor, counts: list[int]) -> Tensor:
+    total = _total(counts, grad_inner, x)
+    for e, rows in _slices(counts):
+        torch.mm(grad_inner[rows].t(), x[rows], out=total[e])
+    return total
+
+
+def _grad_down(grad: Tensor, inner: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
+    total, factor = _total(counts, grad, inner), weights.unsqueeze(1)
+    for e, rows in _slices(counts):
+        own = inner[rows]
+        torch.mm(grad[rows].t(), (own * own).mul_(factor[rows]), out=total[e])
+    return total
+
+
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
@@ -36,28 +60,36 @@ class _Experts(torch.autograd.Function):
             own = inner[rows]
             torch.mm(x[rows], up[e].t(), out=own).relu_()
             torch.mm((own * own).mul_(factor[rows]), down[e].t(), out=y[rows])
-        ctx.counts = counts
+        ctx.weights, ctx.counts = (queued(up), queued(down)), counts
         ctx.save_for_backward(x, up, down, weights, inner)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, None]:
         x, up, down, weights, inner = ctx.saved_tensors
+        up_later, down_later = map(later, ctx.weights)
         grad_x, grad_weights = x.new_empty(x.shape), weights.new_empty(weights.shape)
-        grad_up, grad_down = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (up, down))
+        grad_up = _total(ctx.counts, inner, x) if ctx.needs_input_grad[1] and not up_later else None
+        grad_down = _total(ctx.counts, grad, inner) if ctx.needs_input_grad[2] and not down_later else None
+        grads_inner = torch.empty_like(inner) if up_later else None
         factor = weights.unsqueeze(1)
-        for e in (e for e, count in enumerate(ctx.counts) if not count):
-            grad_up[e], grad_down[e] = 0.0, 0.0
         for e, rows in _slices(ctx.counts):
             own, own_grad = inner[rows], grad[rows]
             squared = own * own
-            grad_inner = own_grad @ down[e]
+            scratch = torch.empty_like(own) if grads_inner is None else grads_inner[rows]
+            grad_inner = torch.mm(own_grad, down[e], out=scratch)
             torch.sum(grad_inner * squared, -1, out=grad_weights[rows])
-            torch.mm(own_grad.t(), squared.mul_(factor[rows]), out=grad_down[e])
+            if grad_down is not None:
+                torch.mm(own_grad.t(), squared.mul_(factor[rows]), out=grad_down[e])
             grad_inner.mul_(own).mul_(factor[rows] * 2)
             torch.mm(grad_inner, up[e], out=grad_x[rows])
-            torch.mm(grad_inner.t(), x[rows], out=grad_up[e])
+            if grad_up is not None:
+                torch.mm(grad_inner.t(), x[rows], out=grad_up[e])
+        if down_later:
+            gradient(ctx.weights[1], _grad_down, grad, inner, weights, ctx.counts)
+        if up_later:
+            gradient(ctx.weights[0], _grad_up, grads_inner, x, ctx.counts)
         return grad_x, grad_up, grad_down, grad_weights, None
 
 

@@ -1,0 +1,170 @@
+"""What a plan says of its pipeline: stages, the order of their passes, and when these would run.
+
+Costs are the FLOPs of stages (``weft.plan.stages``): a picture of how even they are, not of a device.
+"""
+
+from dataclasses import dataclass
+from itertools import islice
+from textwrap import shorten
+
+from weft.config.errors import ConfigError
+from weft.plan.cycle import svg as cycle_svg
+from weft.plan.gantt import svg
+from weft.plan.layout import Plan, plan_of_run
+from weft.plan.prove import Proof
+from weft.plan.schedule import COMPUTE, Action, Schedule
+from weft.plan.simulate import bubble_formula, simulate
+from weft.plan.stages import Cut, Piece
+from weft.plan.step import schedule_of
+from weft.plan.table import Row, Table
+from weft.plan.timeline import Timeline
+from weft.spec.hybrid import HybridConfig
+from weft.spec.run import RunConfig
+
+_RANKS, _LETTERS = 12, 88  # the most that are written out: pipeline ranks, and letters of their passes
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The schedule of a step, and how it would run.
+
+    Attributes:
+        name: kind, or file.
+        cut: the model in stages.
+        schedule: the lists.
+        proof: what is known of them.
+        timeline: FLOPs of a rank take the place of seconds; transfers are free.
+        even: bubble share if all stages cost the same, where a formula is known.
+    """
+
+    name: str
+    cut: Cut
+    schedule: Schedule
+    proof: Proof
+    timeline: Timeline
+    even: float | None
+
+    @property
+    def words(self) -> str:
+        """``1f1b, 4 stages, 8 microbatches``."""
+        stages, parts = len(self.cut.pieces), self.schedule.microbatches
+        on = f" on {self.schedule.graph.ranks} ranks" if stages > self.schedule.graph.ranks > 1 else ""
+        return f"{self.name}, {_count(stages, 'stage')}{on}, {_count(parts, 'microbatch')}"
+
+
+def _count(number: int, name: str) -> str:
+    plural = "es" if name.endswith("ch") else "s"
+    return f"{number:,} {name}{plural * (number != 1)}"
+
+
+def forecast(run: RunConfig, plan: Plan) -> Forecast:
+    """How a step of the run goes.
+
+    Raises:
+        ValueError: the schedule cannot be run, as ``check_run`` says.
+    """
+    config, made = run.plan.schedule, _cut_of(run, plan)
+    parts = plan.microbatches(run.train)
+    schedule, proof = schedule_of(config, made, parts, plan.decoder.store.level)
+    if proof.faults:
+        raise ValueError(proof.text)
+    ranks = len(plan.decoder.grid.ranks) // plan.decoder.grid.size("pp")
+    tokens = plan.together(run.train) * run.data.seq_length / ranks
+    line = simulate(schedule, lambda action: tokens * made.cost(action))
+    virtual = len(made.pieces) // schedule.graph.ranks
+    even = bubble_formula(config.kind, schedule.graph.ranks, virtual, parts)
+    return Forecast(config.file or config.kind, made, schedule, proof, line, even)
+
+
+def pipelined(run: RunConfig, plan: Plan) -> Forecast | None:
+    """``forecast`` of a plan that has several stages."""
+    return forecast(run, plan) if plan.cut and len(plan.cut.pieces) > 1 else None
+
+
+def _cut_of(run: RunConfig, plan: Plan) -> Cut:
+    if plan.cut is None:
+        raise ValueError("stages depend on the model: make the plan with it")
+    return plan.cut
+
+
+def drawn(told: Forecast) -> str:
+    """SVG text of the simulated step."""
+    return svg({f"simulated by FLOPs: {told.words}": told.timeline}, clock="FLOP")
+
+
+def deadlock(run: RunConfig, ranks: int) -> str:
+    """SVG text of pipeline ranks that wait for each other in the run's schedule; empty if none do."""
+    try:
+        plan = plan_of_run(run, ranks)
+        parts, level = plan.microbatches(run.train), plan.decoder.store.level
+        schedule, proof = schedule_of(run.plan.schedule, _cut_of(run, plan), parts, level)
+    except (ConfigError, ValueError):  # refused for something else
+        return ""
+    return cycle_svg(schedule, proof.cycle) if proof.cycle else ""
+
+
+def schedule_row(told: Forecast) -> Row:
+    """The schedule in one row."""
+    return "schedule", f"{told.words}, bubble {told.timeline.bubble_share:.1%}"
+
+
+def pipeline_tables(model: HybridConfig, told: Forecast) -> list[Table]:
+    """Stages, and what each pipeline rank does."""
+    head = ("stage", "pipeline rank", "layers", "besides", "parameters", "FLOPs")
+    stages = Table("stages", head, tuple(_stage_rows(model, told.cut)))
+    bubble = f"bubble {told.timeline.bubble_share:.1%} by these FLOPs and free transfers"
+    bubble += f", {told.even:.1%} if stages were even" if told.even is not None else ""
+    head = ("pipeline rank", "stages", "busy", "kept at most", "first passes")
+    return [stages, Table(f"schedule: {told.words}; {bubble}", head, tuple(_rank_rows(told)))]
+
+
+def _stage_rows(model: HybridConfig, made: Cut) -> list[Row]:
+    sizes, whole = [0] * len(made.pieces), sum(cost.total for cost in made.costs)
+    for spec in model.params():
+        for stage, piece in enumerate(made.pieces):
+            sizes[stage] += spec.numel * piece.has(spec.name)
+    return [
+        (
+            str(stage),
+            str(rank),
+            model.parts.main[piece.layers.start : piece.layers.stop] or "none",
+            _besides(model, piece),
+            f"{sizes[stage]:,}",
+            f"{cost.total / whole:.1%}",
+        )
+        for stage, (piece, rank, cost) in enumerate(zip(made.pieces, made.home, made.costs, strict=True))
+    ]
+
+
+def _besides(model: HybridConfig, piece: Piece) -> str:
+    """What a stage has besides main layers."""
+    found = ["token table"] * piece.table
+    if piece.last:
+        found += ["norm", *["head"] * (not model.tie_word_embeddings), *["MTP"] * bool(model.depths)]
+    return ", ".join(found)
+
+
+def _rank_rows(told: Forecast) -> list[Row]:
+    graph, busy = told.schedule.graph, told.timeline.busy_shares
+    ranks = range(graph.ranks)
+    shown: list[int | None] = list(ranks)
+    if len(ranks) > _RANKS:
+        shown = [*ranks[: _RANKS - 2], None, ranks[-1]]
+    return [
+        ("...",) * 5
+        if rank is None
+        else (
+            str(rank),
+            " ".join(graph.at(rank)),
+            f"{busy[rank]:.1%}",
+            f"{told.proof.live[rank]:,}",
+            _passes(told.schedule.lists[rank]),
+        )
+        for rank in shown
+    ]
+
+
+def _passes(actions: tuple[Action, ...]) -> str:
+    """The first passes of a list; a whole backward pass is two of them."""
+    passes = (str(action) for action in actions if action.op in COMPUTE)
+    return shorten(" ".join(islice(passes, _LETTERS)), _LETTERS, placeholder=" ...")
