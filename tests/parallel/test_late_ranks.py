@@ -23,6 +23,12 @@ from weft.spec.layout import LayoutConfig, PlanConfig, StoreConfig
 from weft.train.objective import count, objective, to_device
 
 PLAIN = Case(
+    pp=1,
+    kind="1f1b",
+    sizes="same",
+    cut="even",
+    gather="unit",
+    resident=False,
     tp=2,
     tp_embed=1,
     dp=1,

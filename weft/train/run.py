@@ -276,19 +276,22 @@ class Run:
 
     def _close(self, valid: dict[str, Any], parts: list[Part]) -> None:
         """Summary and report first, so that an export that fails loses neither."""
-        if parts:
-            config, trainer = self.config.plan.schedule, self.trainer
-            microbatches = self.mesh.whole.microbatches(self.config.train)
-            ran = schedule_of(config, trainer.pipeline.cut, microbatches, trainer.store.level)
-            name, made = config.file or config.kind, compare(parts, *ran)
-            write_timelines(self.dir, trainer.optimizer.steps, name, made)
         exports = self.config.checkpoint.save and not unpublishable(self.config.model)
         summary = self._summary(valid, exports)
         write_json(self.dir / "summary.json", summary)
+        if parts:
+            self._write_timelines(parts)
         write_report(self.dir)
         show_summary(summary)
         if exports:
             export_hf(self.dir, self.dir / "export")
+
+    def _write_timelines(self, parts: list[Part]) -> None:
+        """The last step as it ran, and simulated with the costs that were measured."""
+        config, trainer = self.config.plan.schedule, self.trainer
+        microbatches = self.mesh.whole.microbatches(self.config.train)
+        ran = schedule_of(config, trainer.pipeline.cut, microbatches, trainer.store.level)
+        write_timelines(self.dir, trainer.optimizer.steps, config.file or config.kind, compare(parts, *ran))
 
     def _sample(self) -> dict[str, str]:
         """Text that the model makes: of the model in memory, or of its checkpoint where ranks share it."""
