@@ -15,7 +15,7 @@ from weft.nn import router
 from weft.ops.router import route
 from weft.parallel.mesh import Mesh
 from weft.spec.hybrid import HybridConfig
-from weft.spec.layout import LayoutConfig, PlanConfig
+from weft.spec.layout import LayoutConfig, PlanConfig, ScheduleConfig
 from weft.train import trace
 from weft.train.bisect import Fault, Tally, bisect
 from weft.train.trace import Step, Trace, run_plan
@@ -28,8 +28,9 @@ PHASES = ("weights", "forward", "losses", "backward", "gradients")
 def compared(model: HybridConfig, precision: str = "fp64", **sizes: int) -> tuple[list[Tally], Fault | None]:
     """One process against a plan with these sizes."""
     decoder = LayoutConfig(**sizes)
-    ranks = max(1, decoder.dp) * decoder.tp * decoder.tp_embed
-    several = run_plan(PlanConfig(decoder=decoder), ranks, Step(model, SAMPLES, precision))
+    ranks = max(1, decoder.dp) * decoder.tp * decoder.tp_embed * decoder.pp
+    schedule = ScheduleConfig(kind="zbv" if decoder.pp > 1 else "1f1b")
+    several = run_plan(PlanConfig(decoder=decoder, schedule=schedule), ranks, Step(model, SAMPLES, precision))
     return bisect(alone(model, precision), several, precision)
 
 
@@ -48,6 +49,7 @@ def alone(model: HybridConfig, precision: str) -> Trace:
         {"tp": 4},
         {"tp": 2, "tp_embed": 2},
         {"tp": 2, "dp": 2},
+        {"pp": 2, "tp": 2},
     ],
     ids=str,
 )

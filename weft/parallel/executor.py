@@ -105,7 +105,6 @@ class Executor:
         self.peak = 0
         graph = schedule.graph
         self._into = {s: tuple(e for e in graph.edges if e.target == s) for s in graph.at(rank)}
-        self._sends = {edge for edge in graph.edges if graph.crosses(edge)}
         self._moved = {(a.unit, a.microbatch) for a in self.actions if a.op == "OUT"}
         self._last = {a.unit: at for at, a in enumerate(self.actions) if a.op == "REDUCE"}
         self._clock = _Clock(device)

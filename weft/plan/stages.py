@@ -116,7 +116,9 @@ def cut(
     blocks = [_block(block, context) for block in model.blocks]
     tail = _tail(model, context)
     stages = len(home)
-    counts = layers or even([cost.total for cost in blocks], stages, tail.total)
+    own = [home[-1] == rank for rank in home]  # of the rank of the tail, which so gets fewer layers
+    extra = tuple(here * tail.total / sum(own) for here in own)
+    counts = layers or even([cost.total for cost in blocks], extra)
     _check(counts, stages, len(blocks))
     table = model.tie_word_embeddings or bool(model.depths)
     pieces = tuple(
@@ -140,26 +142,26 @@ def _check(counts: Sequence[int], stages: int, layers: int) -> None:
         raise ValueError(f"stage {empty[0]} of {stages} would have no layer; use fewer stages")
 
 
-def even(costs: Sequence[float], stages: int, tail: float = 0.0) -> tuple[int, ...]:
-    """Sizes of consecutive runs whose costs are as even as can be.
+def even(costs: Sequence[float], extra: Sequence[float]) -> tuple[int, ...]:
+    """Sizes of consecutive runs whose costs are as even as can be, one for each of ``extra``.
 
-    The largest cost is as small as possible, then the sum of squares. Every run but the last, which has the
-    cost ``tail`` besides, has an item. Raises ValueError if there are too few.
+    Each run costs that besides its items. The largest cost is as small as possible, then the sum of squares.
+    Every run but the last has an item. Raises ValueError if there are too few.
     """
-    count, sums = len(costs), list(accumulate(costs, initial=0.0))
+    count, stages, sums = len(costs), len(extra), list(accumulate(costs, initial=0.0))
     if count < stages - (stages > 1):
         raise ValueError(f"{count} layers cannot be cut into {stages} stages; use at most {count}")
     # best[n]: of all ways to cut the first n items into the stages so far, the least (largest, squares, cuts)
     best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
     for stage in range(stages):
         final = stage == stages - 1
-        extra, least = (tail, int(stages == 1)) if final else (0.0, 1)
+        least = int(not final)
         found: dict[int, tuple[float, float, tuple[int, ...]]] = {}
         for stop in [count] if final else range(stage + 1, count + 1):
             ways = [
                 (max(largest, own), squares + own * own, (*sizes, stop - start))
                 for start, (largest, squares, sizes) in best.items()
-                if stop - start >= least and (own := sums[stop] - sums[start] + extra) >= 0
+                if stop - start >= least and (own := sums[stop] - sums[start] + extra[stage]) >= 0
             ]
             if ways:
                 found[stop] = min(ways)
