@@ -14,7 +14,7 @@ quickstart: .venv/ready-run
 	$(BIN)/weft compare runs/stdlib_lm/export runs/stdlib_lm --prompt "def main("
 
 test: .venv/ready-dev
-	$(PYTEST) -n $(JOBS) -m "not slow and not gpu"
+	$(PYTEST) -n $(JOBS) --dist worksteal -m "not slow and not gpu"
 
 test-slow: .venv/ready-dev
 	$(PYTEST) -m "slow and not gpu"

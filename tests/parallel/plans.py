@@ -230,7 +230,7 @@ CHOICES: dict[str, tuple] = {
     "length": (16, 11, 3),
     "level": (0, 1, 2, 3),
     "hybrid": (False, True),
-    "microbatches": (1, 2, 5),
+    "microbatches": (1, 2, 3),
     "kv_heads": (8, 2, 1),
     "groups": (8, 4, 2, 1),
     "packed": (False, True),

@@ -5,6 +5,8 @@ import pytest
 from tests.gangs import Gangs
 from weft.plan.simulate import bubble_formula
 
+pytestmark = pytest.mark.slow  # clocks mean something only where nothing else runs
+
 HERE = "tests.parallel.timed"
 STAGES = {"interleaved": 2, "zbv": 2}
 KINDS = ("1f1b", "interleaved", "zero_bubble", "zbv")
@@ -26,7 +28,7 @@ def near(gangs: Gangs, ranks: int, job: str, arguments: dict, close: float) -> t
     return min(found)
 
 
-@pytest.mark.parametrize("ranks", [4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [4, 8])
 @pytest.mark.parametrize("kind", KINDS)
 def test_sleeping(processes: Gangs, kind: str, ranks: int) -> None:
     """Actions of set cost: the makespan, and the bubble share of the formula."""
