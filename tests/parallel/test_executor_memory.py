@@ -163,7 +163,7 @@ def levels(comm: Comm, recompute: bool) -> None:
         if done.op == "OUT":
             layers = len(trainer.pipeline.cut.pieces[int(done.unit)].layers)
             # Recomputed layers keep their inputs, others much more.
-            assert found[at - 1] - now >= layers * SENT * (1 if recompute else 5), str(done)
+            assert found[at - 1] - now >= layers * SENT * (1 if recompute else 3), str(done)
             outs.add(done.unit)
         if not kept:  # what is under way, or has come and is not read yet
             assert now < (flying + 2) * SENT + 4096, (str(done), now)
