@@ -27,6 +27,7 @@ from weft.spec.run import RunConfig
 from weft.train.environment import environment
 from weft.train.loop import Trainer
 from weft.train.saving import Saving
+from weft.train.team import decoder_only
 
 SAMPLES, LENGTH, ROUNDS = 8, 512, 7
 LIMIT = 0.05
@@ -70,7 +71,9 @@ def main() -> None:
         config = settings(directory, background=True)
         mesh = mesh_of(config.plan, SingleComm())
         model = assemble(config.model, "fp32", torch.device("cpu"), 0, mesh)
-        trainer = Trainer(config, model, Tokens(config.model.depths, config.model.vocab_size), mesh)
+        trainer = Trainer(
+            config, decoder_only(model, mesh), Tokens(config.model.depths, config.model.vocab_size)
+        )
         saving = Saving(config, mesh.comm)
         step = 0
 

@@ -1,9 +1,13 @@
-"""GPU tests skip where there is no GPU; gangs of processes are shared by all tests."""
+"""GPU tests skip where there is no GPU; gangs of processes are shared; no property test is timed."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

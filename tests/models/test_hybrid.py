@@ -7,9 +7,10 @@ from tests.tiny import CONFIG, batch, make, split
 from weft.models import presets
 from weft.models.hybrid import HybridLM
 from weft.parallel.comm import SingleComm
+from weft.spec.hybrid import HybridConfig
 from weft.train.objective import count, objective, to_device
 
-ALL = {name: value for name, value in vars(presets).items() if name.isupper()}
+ALL = {name: value for name, value in vars(presets).items() if isinstance(value, HybridConfig)}
 
 
 def gradients(model: HybridLM) -> dict[str, torch.Tensor]:

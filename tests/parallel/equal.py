@@ -21,6 +21,7 @@ from weft.spec.hybrid import HybridConfig
 from weft.spec.layout import PlanConfig
 from weft.spec.run import RunConfig, RunSettings, TrainConfig
 from weft.train.loop import Trainer
+from weft.train.team import decoder_only
 
 TOLERANCE = 1e-10
 CPU = torch.device("cpu")
@@ -84,7 +85,7 @@ def trainer_of(
     data = DataConfig(seq_length=case.length)
     run = RunConfig(run=RunSettings(dir=directory), model=config, train=train, data=data, plan=plan)
     model = assemble_from(config, "fp64", CPU, read, mesh)
-    return Trainer(run, model, Samples(case.packed, case.length, config.depths), mesh)
+    return Trainer(run, decoder_only(model, mesh), Samples(case.packed, case.length, config.depths))
 
 
 Boxes = list[tuple[str, Box, Tensor]]
@@ -144,7 +145,9 @@ def reference(
     mesh = mesh_of(PlanConfig(), SingleComm())
     model = assemble_from(config, "fp64", CPU, lambda name, box: values[name].clone(), mesh)
     trainer = Trainer(
-        RunConfig(model=config, train=train), model, Samples(packed, length, config.depths), mesh
+        RunConfig(model=config, train=train),
+        decoder_only(model, mesh),
+        Samples(packed, length, config.depths),
     )
     rows = run(trainer)
     whole = {name: tensor for name, _, tensor in boxes(trainer)}

@@ -19,6 +19,7 @@ from weft.spec.hybrid import HybridConfig
 from weft.spec.layout import ExpertsConfig, LayoutConfig, PlanConfig, StoreConfig
 from weft.spec.run import OptimizerConfig, RunConfig, SchedulerConfig, TrainConfig
 from weft.train.loop import Trainer
+from weft.train.team import decoder_only
 
 MODEL = replace(CONFIG, initializer_range=0.05, pattern="M*E", mtp_num_depths=0)
 PLANS = {
@@ -45,7 +46,7 @@ def rows(
     )
     mesh = mesh_of(plan, comm)
     model = assemble(config, precision, torch.device("cpu"), 5, mesh)
-    trainer = Trainer(run, model, Samples(packed=True, length=11, depths=config.depths), mesh)
+    trainer = Trainer(run, decoder_only(model, mesh), Samples(packed=True, length=11, depths=config.depths))
     return [trainer.step(i, trainer.batches(4 * ((i - 1) % 8))) for i in range(1, steps + 1)]
 
 

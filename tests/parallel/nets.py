@@ -1,4 +1,8 @@
-"""Small networks of any graph of stages: the work of one rank for the executor; plain autograd for all."""
+"""Small networks of any graph of stages: the work of one seat for the executor; plain autograd for all.
+
+A stage has rows of its own on each of its seats, of each of the microbatches that it takes at a time. Where
+something is sent over an edge, every seat of the target gets the sum of what all seats of the source made.
+"""
 
 import time
 import zlib
@@ -57,14 +61,16 @@ class Stage(nn.Module):
             sum((linear(inputs[e], self.weight(e)) for e in self.reads), start=data + self.shift)
         )
 
-    def forward(self, inputs: Mapping[Edge, Tensor], data: Tensor) -> Made:
+    def forward(
+        self, inputs: Mapping[Edge, Tensor], data: Tensor
+    ) -> tuple[dict[Edge, Tensor], Tensor | None]:
         x = self.mixed(inputs, data)
         outputs = {edge: linear(x, self.weight(edge)) for edge in self.gives}
-        return Made(outputs, (x * x * data).sum() if self.counts else None)
+        return outputs, (x * x * data).sum() if self.counts else None
 
 
 class Net(Work):
-    """The stages of one pipeline rank, which are gathered, freed, reduced and stepped as a store would.
+    """The stages of one seat, which are gathered, freed, reduced and stepped as a store would.
 
     Attributes:
         gradients: of each parameter, as they were summed when STEP came.
@@ -75,8 +81,11 @@ class Net(Work):
     made: type[Stage] = Stage
 
     def __init__(self, schedule: Schedule, comm: Comm, width: int = 4, rows: Rows = rows) -> None:
-        self.graph, self.width, self.rows = schedule.graph, width, rows
+        self.graph, self.microbatches = schedule.graph, schedule.microbatches
+        self.width, self.rows = width, rows
         self.stages = {name: self.made(self.graph, name, width) for name in self.graph.at(comm.rank)}
+        for name in self.stages.keys() & fixed(self.graph):
+            self.stages[name].requires_grad_(False)
         self.gathers = {a.unit for actions in schedule.lists for a in actions if a.op == "GATHER"}
         self.kept = {name: [p.detach().clone() for p in s.parameters()] for name, s in self.stages.items()}
         self.join(comm)
@@ -89,12 +98,15 @@ class Net(Work):
         """Talk over this communicator from now on; a collective call."""
         self.comm, self.ways = comm, dict[tuple[Edge, bool], Comm]()
         for edge in filter(self.graph.crosses, self.graph.edges):
-            ends = self.graph.home[edge.source], self.graph.home[edge.target]
             for back in (False, True):
-                if comm.rank in ends:
-                    self.ways[edge, back] = comm.group(
-                        ends, f"{edge.source}{'<' if back else '>'}{edge.target}"
-                    )
+                if comm.rank in (party := self.graph.party(edge)):
+                    name = f"{edge.source}{'<' if back else '>'}{edge.target}"
+                    self.ways[edge, back] = comm.group(party, name)
+        self.meets = {
+            name: comm.group(self.graph.home[name], f"meet {name}")
+            for name in self.stages
+            if name in self.graph.joined and len(self.graph.home[name]) > 1
+        }
 
     def begin(self) -> None:
         """A step."""
@@ -108,16 +120,29 @@ class Net(Work):
 
     def note(self, action: Action) -> None:
         self.done.append((action, time.perf_counter()))
+        if action.unit in self.meets and not action.target:  # hangs if others do something else
+            self.meets[action.unit].barrier()
         if action == self.fails:
             raise ArithmeticError(f"rank {self.comm.rank} fails at {action}")
 
-    def data(self, stage: str, microbatch: int) -> Tensor:
-        return drawn((self.rows(stage, microbatch), self.width), stage, microbatch)
+    def data(self, stage: str, index: int) -> Tensor:
+        """Of the microbatches of a pass."""
+        every = covered(self.graph, stage, index, self.microbatches)
+        shapes = [(self.rows(stage, i), self.width) for i in every]
+        return torch.cat([drawn(s, stage, self.comm.rank, i) for s, i in zip(shapes, every, strict=True)])
 
-    def forward(self, stage: str, microbatch: int, inputs: Mapping[Edge, Tensor]) -> Made:
-        made = self.stages[stage](inputs, self.data(stage, microbatch))
-        self.loss += float(made.loss.detach()) if made.loss is not None else 0.0
-        return made
+    def forward(self, stage: str, index: int, inputs: Mapping[Edge, tuple[Tensor, ...]]) -> Made:
+        whole = {edge: torch.cat(parts) for edge, parts in inputs.items()}
+        outputs, loss = self.stages[stage](whole, self.data(stage, index))
+        self.loss += float(loss.detach()) if loss is not None else 0.0
+        parts: dict[Edge, tuple[Tensor, ...]] = {}
+        for edge, x in outputs.items():
+            sizes = [
+                sum(self.rows(stage, i) for i in spans(self.graph, edge, part, self.microbatches))
+                for part in self.graph.parts(edge, stage, index, self.microbatches)
+            ]
+            parts[edge] = x.split(sizes)
+        return Made(parts, loss)
 
     def enter(self, key: Hashable, late: bool) -> None:
         self.note(Action("B" if key in self.seen else "F", *key))
@@ -128,18 +153,26 @@ class Net(Work):
 
     def post(self, action: Action, value: Tensor | None) -> Callable[[], Tensor | None]:
         self.note(action)
-        way = self.ways[action.edge, action.back]
-        here = (self.rows(action.unit, action.microbatch), self.width)
-        came = torch.empty(here, dtype=torch.float64) if value is None else None
-        peer = 1 - way.rank
-        transfer = way.start_transfer(
-            {} if value is None else {peer: value}, {} if came is None else {peer: came}
-        )
+        way, edge = self.ways[action.edge, action.back], action.edge
+        party, (source, target) = self.graph.party(edge), (self.graph.home[end] for end in edge)
+        senders, readers = (target, source) if action.back else (source, target)
+        here = self.comm.rank
+        count = sum(self.rows(action.unit, i) for i in spans(self.graph, edge, action[2], self.microbatches))
+        assert (value is not None) == (here in senders)
+        assert value is None or len(value) == count
+        came = {
+            party.index(seat): torch.empty((count, self.width), dtype=torch.float64)
+            for seat in (senders if here in readers else ())
+            if seat != here
+        }
+        sends = {party.index(seat): value for seat in readers if seat != here and value is not None}
+        transfer = way.start_transfer(sends, came)
 
         def wait() -> Tensor | None:
             transfer.wait()
             self.note(action._replace(op="WAIT"))
-            return came
+            own = [value] if here in senders and value is not None else []
+            return sum([*came.values(), *own[1:]], start=(own or [0.0])[0]) if here in readers else None
 
         return wait
 
@@ -180,19 +213,44 @@ def executor(schedule: Schedule, work: Net) -> Executor:
     return made
 
 
+def covered(graph: Graph, stage: str, index: int, microbatches: int) -> range:
+    """Microbatches of a pass."""
+    size = graph.size(stage)
+    return range(index * size, min((index + 1) * size, microbatches))
+
+
+def spans(graph: Graph, edge: Edge, part: int, microbatches: int) -> range:
+    """Microbatches of a transfer."""
+    return covered(graph, min(edge, key=graph.size), part, microbatches)
+
+
+def fixed(graph: Graph) -> frozenset[str]:
+    """Stages whose parameters have no gradients: those that are frozen, and some that are behind others."""
+    some = (stage for stage in graph.home if zlib.crc32(f"fixed {stage}".encode()) % 6 == 0)
+    return graph.frozen.union(some if graph.frozen else ())
+
+
 def oracle(graph: Graph, microbatches: int, width: int = 4) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of all stages in one process."""
     order = TopologicalSorter({s: {e.source for e in graph.edges if e.target == s} for s in graph.home})
     names = list(order.static_order())
     stages = {name: Stage(graph, name, width) for name in names}
+    for name in fixed(graph):
+        stages[name].requires_grad_(False)
     total = torch.zeros((), dtype=torch.float64)
     for i in range(microbatches):
-        values: dict[Edge, Tensor] = {}
+        made: dict[tuple[Edge, int], Tensor] = {}
         for name in names:
-            made = stages[name](values, drawn((rows(name, i), width), name, i))
-            values |= made.outputs
-            total = total + (0.0 if made.loss is None else made.loss)
-    total.backward()
+            for seat in graph.home[name]:
+                read = {
+                    e: sum(made[e, s] for s in graph.home[e.source]) if graph.crosses(e) else made[e, seat]
+                    for e in stages[name].reads
+                }
+                outputs, loss = stages[name](read, drawn((rows(name, i), width), name, seat, i))
+                made |= {(edge, seat): x for edge, x in outputs.items()}
+                total = total + (0.0 if loss is None else loss)
+    if total.requires_grad:
+        total.backward()
     gradients = {
         f"{name} {n}": p.grad
         for name, s in stages.items()
@@ -214,7 +272,9 @@ def faults(results: list[tuple[float, dict[str, Tensor], list[str]]], graph: Gra
     found = [f"left: {left}" for *_, left in results if left]
     if abs(sum(part for part, *_ in results) - loss) > 1e-10 * max(1.0, abs(loss)):
         found.append("loss")
-    got = {name: value for _, part, _ in results for name, value in part.items()}
+    got: dict[str, Tensor] = {}
+    for _, part, _ in results:  # the seats of a stage have parts of the sum
+        got |= {name: got.get(name, 0.0) + value for name, value in part.items()}
     found += [f"{name} is missing, or too much" for name in got.keys() ^ want.keys()]
     for name in got.keys() & want.keys():
         most = 1e-10 * max(1.0, float(want[name].abs().max()))

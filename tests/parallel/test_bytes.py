@@ -31,6 +31,7 @@ from weft.spec.layout import LayoutConfig, PlanConfig, StoreConfig
 from weft.spec.run import RunConfig, TrainConfig
 from weft.train.loop import Trainer
 from weft.train.objective import Totals, objective, to_device
+from weft.train.team import decoder_only
 
 WORD, INTEGER = 8, 8  # fp64, int64
 LENGTHS = (9, 7, 16)  # divisible by the plane, so that nothing is padded
@@ -132,7 +133,9 @@ def test_metadata_is_under_one_percent_of_a_step():
         model = assemble(config, "fp32", torch.device("cpu"), 1, mesh)
         train = TrainConfig(global_batch_size=4, micro_batch_size=2)
         trainer = Trainer(
-            RunConfig(model=config, train=train), model, Tokens(False, 128, config.depths), mesh
+            RunConfig(model=config, train=train),
+            decoder_only(model, mesh),
+            Tokens(False, 128, config.depths),
         )
         with record(comm) as ledger:
             trainer.step(1, trainer.batches(0))

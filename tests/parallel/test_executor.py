@@ -43,7 +43,7 @@ def wrong(schedule: Schedule) -> list[str]:
 # A vision tower in two stages and an audio tower feed a decoder in two stages; the second of these reads the
 # end of the first tower too, past the first. The decoder ends where the vision tower begins.
 TOWERS = Graph(
-    {"eye": 0, "brow": 1, "ear": 2, "low": 1, "high": 0},
+    {"eye": (0,), "brow": (1,), "ear": (2,), "low": (1,), "high": (0,)},
     tuple(
         Edge(*e)
         for e in (("eye", "brow"), ("brow", "low"), ("ear", "low"), ("low", "high"), ("brow", "high"))

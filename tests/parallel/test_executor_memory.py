@@ -40,11 +40,10 @@ class Marked(nets.Stage):
     """Keeps, besides all else, something whose size is that of no other pass."""
 
     def forward(self, inputs: Any, data: Tensor) -> Any:
-        made = super().forward(inputs, data)
+        outputs, loss = super().forward(inputs, data)
         marker = torch.zeros(self.sizes[len(data)] // 8, dtype=torch.float64)
-        outputs = {edge: Mark.apply(x, self.shift, marker) for edge, x in made.outputs.items()}
-        loss = None if made.loss is None else Mark.apply(made.loss, self.shift, marker)
-        return made._replace(outputs=outputs, loss=loss)
+        outputs = {edge: Mark.apply(x, self.shift, marker) for edge, x in outputs.items()}
+        return outputs, None if loss is None else Mark.apply(loss, self.shift, marker)
 
 
 class MarkedNet(nets.Net):

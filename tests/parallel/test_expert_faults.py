@@ -37,6 +37,7 @@ from weft.spec.layout import ExpertsConfig, LayoutConfig, PlanConfig, StoreConfi
 from weft.spec.run import CheckpointConfig, RunConfig, RunSettings, TrainConfig
 from weft.train.loop import Trainer
 from weft.train.saving import Saving
+from weft.train.team import decoder_only
 
 CPU = torch.device("cpu")
 MODEL = replace(tiny.CONFIG, pattern="M*-E/*E", mtp_num_depths=2, moe_shared_expert_intermediate_size=24)
@@ -71,7 +72,9 @@ def trainer_of(
         train_iters=2, global_batch_size=samples, micro_batch_size=micro, precision="fp64", loss_chunk=8
     )
     run = RunConfig(model=config, train=train, plan=plan, **settings)
-    return Trainer(run, assemble(config, "fp64", CPU, 1, mesh), Few(lengths, config.depths), mesh)
+    return Trainer(
+        run, decoder_only(assemble(config, "fp64", CPU, 1, mesh), mesh), Few(lengths, config.depths)
+    )
 
 
 def told(trainer: Trainer, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Any, dict[str, Tensor]]:

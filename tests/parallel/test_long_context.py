@@ -39,6 +39,7 @@ from weft.spec.layout import ExpertsConfig, LayoutConfig, PlanConfig
 from weft.spec.run import RunConfig, TrainConfig
 from weft.train.loop import Trainer
 from weft.train.objective import Run, Totals, objective
+from weft.train.team import decoder_only
 
 MILLION, WORD, INTEGER = 2**20, 4, 8  # tokens; bytes of fp32 and int64
 GROUP = 1024  # tokens among which an expert has room: none lies on two ranks
@@ -239,7 +240,7 @@ def steps(config: HybridConfig, tokens: int, plan: PlanConfig, count: int, comm:
     mesh = mesh_of(plan, comm)
     model = assemble(config, "fp32", torch.device("cpu"), 3, mesh)
     run = RunConfig(model=config, train=train, plan=plan)
-    trainer = Trainer(run, model, Documents(tokens, config.vocab_size, config.depths), mesh)
+    trainer = Trainer(run, decoder_only(model, mesh), Documents(tokens, config.vocab_size, config.depths))
     return [trainer.step(i, trainer.batches(trainer.samples)) for i in range(1, count + 1)]
 
 

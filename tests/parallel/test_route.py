@@ -1,16 +1,18 @@
 """Routes on ranks: equal to the legs in one process, first in first out, transposed, counted."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tests.gangs import Gangs, threads
-from tests.plan.routes import Values, carried, even, numbers, random_pair, whole
+from tests.plan.routes import Values, carried, even, lower_bound, numbers, random_pair, whole
 from weft.parallel.comm import Comm, SingleComm
 from weft.parallel.ledger import LedgerComm, record
 from weft.parallel.route import Channel, channel, moved
-from weft.plan.route import Route, compile_route, transpose
+from weft.plan.route import End, Route, compile_route, transpose
 
 HERE = "tests.parallel.test_route"
 CPU = torch.device("cpu")
@@ -28,38 +30,77 @@ def mine(values: Values, comm: Comm) -> Tensor | None:
     return torch.from_numpy(values[me(comm)]) if me(comm) in values else None
 
 
+@cache
+def routes(seed: int) -> tuple[End, End, Route]:
+    source, target = random_pair(seed)
+    return source, target, compile_route(source, target)
+
+
 def many(comm: Comm, seeds: list[int]) -> list:
-    """Rows there and back of random routes, all under way together."""
+    """Rows there and back of random routes, all under way together, and bytes."""
     there, back = over(comm, "there"), over(comm, "back")
     pending = []
-    for seed in seeds:
-        route = compile_route(*random_pair(seed))
-        x, y = numbers(route.sources, seed), numbers(route.targets, seed + 1)
-        pending.append(there.post(route, mine(x, comm)))
-        pending.append(back.post(transpose(route), mine(y, comm)))
-    return [one.wait().tolist() for one in reversed(pending)][::-1]
+    with record(comm) as ledger:
+        for seed in seeds:
+            _, _, route = routes(seed)
+            x, y = numbers(route.sources, seed), numbers(route.targets, seed + 1)
+            pending.append(there.post(route, mine(x, comm)))
+            pending.append(back.post(transpose(route), mine(y, comm)))
+        values = [one.wait().tolist() for one in reversed(pending)][::-1]
+    return [values, ledger.bytes()]
 
 
 def expected(seeds: list[int], size: int) -> list[list]:
-    results: list[list] = [[] for _ in range(size)]
+    results: list[list] = [[[], 0] for _ in range(size)]
     for seed in seeds:
-        route = compile_route(*random_pair(seed))
+        source, target, route = routes(seed)
+        assert sum(route.links.values()) == lower_bound(source, target)
         ways = (route, numbers(route.sources, seed)), (transpose(route), numbers(route.targets, seed + 1))
         for way, values in ways:
             out = carried(way, values)
             for rank, result in enumerate(results):
-                result.append(out.get(rank, np.zeros((0, 2))).tolist())
+                result[0].append(out.get(rank, np.zeros((0, 2))).tolist())
+                result[1] += 16 * sum(rows for (_, to), rows in way.links.items() if to == rank)
     return results
 
 
-def test_threads_do_what_the_legs_say() -> None:
-    seeds = list(range(100, 160))
+@pytest.mark.parametrize("part", range(2))
+def test_threads_do_what_the_legs_say(part: int) -> None:
+    """Values of all kinds of ends, there and back, and no byte more than must travel."""
+    seeds = list(range(100 * part, 100 * part + 100))
     assert threads(8, lambda comm: many(comm, seeds)) == expected(seeds, 8)
 
 
 def test_processes_do_too(processes: Gangs) -> None:
     seeds = [seed for seed in range(200, 300) if max(random_pair(seed)[1].holdings) < 4][:12]
     assert processes(4).run(f"{HERE}:many", {"seeds": seeds}) == expected(seeds, 4)
+
+
+def sums(comm: Comm) -> list:
+    """Of numbers whose sum depends on the order: 1e16 + 1 - 1e16 is 0, in another order 1."""
+    route = compile_route(whole(3, [0, 1, 2], "partial"), even(3, [0, 1, 2]))
+    x = torch.full((3, 2), (1e16, 1.0, -1e16)[comm.rank], dtype=torch.float64)
+    return over(comm).post(route, x).wait()[:, 0].tolist()
+
+
+def test_summands_are_added_in_the_order_of_ranks() -> None:
+    assert threads(3, sums) == [[0.0]] * 3
+
+
+def idle(comm: Comm) -> list:
+    """Ranks 1 and 2 neither post nor make a channel."""
+    route = compile_route(even(4, [0]), whole(4, [3], "partial"))
+    with record(comm) as ledger:
+        if me(comm) in (0, 3):
+            way = channel(comm, route, (2,), torch.float64, CPU, "apart")
+            way.post(route, torch.ones(4, 2, dtype=torch.float64) if me(comm) == 0 else None).wait()
+    return [ledger.bytes(), len(ledger.entries)]
+
+
+def test_idle_ranks_take_no_part(processes: Gangs) -> None:
+    told = [[0, 0], [0, 0], [0, 0], [64, 1]]
+    assert threads(4, idle) == told
+    assert processes(4).run(f"{HERE}:idle") == told
 
 
 def hop(comm: Comm) -> Route:

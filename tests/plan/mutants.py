@@ -35,7 +35,7 @@ def _valid() -> Iterator[tuple[str, Schedule]]:
 def diamond(microbatches: int) -> Schedule:
     """Two stages that read one and feed another, and an edge past them; two of the four share a rank."""
     pairs = (("a", "b"), ("a", "c"), ("b", "d"), ("c", "d"), ("a", "d"))
-    graph = Graph({"a": 0, "b": 1, "c": 0, "d": 2}, tuple(Edge(*pair) for pair in pairs))
+    graph = Graph({"a": (0,), "b": (1,), "c": (0,), "d": (2,)}, tuple(Edge(*pair) for pair in pairs))
     lists: list[tuple[Action, ...]] = []
     for stages in map(graph.at, range(3)):
         every = range(microbatches)

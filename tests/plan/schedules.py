@@ -37,7 +37,7 @@ def makespan(graph, lists, cost=lambda _: 1.0, whole=False):
     free, over = Counter(), {}
     after = dict(pair for actions in lists for pair in zip(actions, actions[1:], strict=False))
     for done in run(graph, lists):
-        rank = graph.home[done.unit]
+        rank = graph.home[done.unit][0]
         start = max([free[rank], *(over[need] for need in needs(graph, done) if need.unit != done.unit)])
         free[rank] = over[done] = start + cost(done)
         if whole and done.op == "B" and after.get(done) == done._replace(op="W"):
@@ -67,7 +67,7 @@ def follow(schedule):
                     )
                     maker = Action("B", done.target) if done.back else Action("F", done.unit)
                     maker = maker._replace(microbatch=done.microbatch)
-                    if graph.home[maker.unit] == rank and maker not in over:
+                    if graph.home[maker.unit] == (rank,) and maker not in over:
                         wrong.append(f"{done} before {maker}")
                 if done.op in COMPUTE:
                     wrong += missing(graph, rank, done, over, lists[rank][: at[rank]])
@@ -82,7 +82,7 @@ def follow(schedule):
 def missing(graph, rank, done, over, before):
     """What this computation needs and does not have on its rank."""
     for need in needs(graph, done):
-        if graph.home[need.unit] == rank:
+        if graph.home[need.unit] == (rank,):
             if need not in over:
                 yield f"{need} before {done}"
             continue

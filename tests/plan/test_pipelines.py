@@ -83,7 +83,7 @@ def test_every_size_runs_once_through(kind):
         done = run(graph, lists)
         assert len(done) == sum(map(len, lists)) == len(every), (ranks, virtual, microbatches)
         assert set(done) == every
-        assert all(graph.home[each.unit] == rank for rank, actions in enumerate(lists) for each in actions)
+        assert all(graph.home[each.unit] == (rank,) for rank, actions in enumerate(lists) for each in actions)
 
 
 def test_interleaved_of_rounds_that_do_not_divide():

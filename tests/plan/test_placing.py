@@ -53,7 +53,7 @@ def test_senders_wait_only_for_what_is_over():
 
 
 def sender(graph, action):
-    return graph.home[action.target if action.back else action.unit]
+    return graph.home[action.target if action.back else action.unit][0]
 
 
 def walk(schedule):
@@ -174,7 +174,7 @@ def test_complete_lists_are_taken_as_they_are():
 
 def test_a_graph_that_is_no_chain():
     """An encoder beside the first stage, a skip from it to the last, two stages of a rank side by side."""
-    home = {"0": 0, "1": 1, "2": 1, "3": 0, "4": 2}
+    home = {"0": (0,), "1": (1,), "2": (1,), "3": (0,), "4": (2,)}
     edges = (Edge("0", "2"), Edge("1", "2"), Edge("2", "3"), Edge("0", "4"), Edge("3", "4"), Edge("1", "4"))
     graph = Graph(home, edges)
     count = 6

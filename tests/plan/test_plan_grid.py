@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weft.plan.grid import AXES, Grid
-from weft.plan.layout import parse_ranks
+from weft.plan.grid import AXES, Grid, parse_ranks
 
 sizes = st.lists(st.integers(1, 3), min_size=len(AXES), max_size=len(AXES))
 

@@ -279,7 +279,7 @@ def test_a_graph_that_cannot_be() -> None:
     lists = ("STEP", "STEP")
     assert "3 lists" in prove(read(PAIR, 1, *lists, "STEP")).text
     assert "0 microbatches" in prove(read(PAIR, 0, *lists)).text
-    home = {"0": 0, "1": 1}
+    home = {"0": (0,), "1": (1,)}
     assert "there is no stage x" in prove(read(Graph(home, (Edge("0", "x"),)), 1, *lists)).text
     circle = Graph(home, (Edge("0", "1"), Edge("1", "0")))
     assert "edges lead in a circle" in prove(read(circle, 1, *lists)).text
@@ -342,8 +342,8 @@ def test_a_long_round_and_its_picture() -> None:
     for rank, actions in enumerate(schedule.lists):
         blocking: list[Action] = []
         for made in actions:
-            sends = made.op == "POST" and graph.home[made.target if made.back else made.unit] == rank
-            if made.op == "WAIT" and graph.home[made.target if made.back else made.unit] == rank:
+            sends = made.op == "POST" and graph.home[made.target if made.back else made.unit] == (rank,)
+            if made.op == "WAIT" and graph.home[made.target if made.back else made.unit] == (rank,):
                 continue
             if made.op == "POST" and not sends:
                 continue

@@ -65,7 +65,7 @@ def twin(schedule, cost, transfer):
 
     @cache
     def over(post):  # of a transfer
-        ends = {homes[post.unit], homes[post.target]}
+        ends = {*homes[post.unit], *homes[post.target]}
         rank = min(ends)
         channel = [p for p in lists[rank] if p.op == "POST" and p[1:2] + p[3:] == post[1:2] + post[3:]]
         before = channel[: channel.index(post)]
@@ -131,7 +131,7 @@ def test_store_and_host_streams():
 
 def test_transfers_share_a_link_in_the_order_they_become_ready():
     edges = [action(f"POST(a>{target},0)").edge for target in "bc"]
-    graph = Graph({"a": 0, "b": 1, "c": 2}, tuple(edges))
+    graph = Graph({"a": (0,), "b": (1,), "c": (2,)}, tuple(edges))
     lines = (
         "F(a,0) POST(a>b,0) POST(a>c,0) WAIT(a>b,0) WAIT(a>c,0) STEP",
         "W(b,0) POST(a>b,0) WAIT(a>b,0) F(b,0) STEP",  # is late, so that c goes first

@@ -63,7 +63,7 @@ def test_head_and_depths_leave_their_rank_fewer_layers() -> None:
     """Also in the other stages of that rank: ranks are even where stages are not."""
     model = RECIPES["nemotron3_super_pretrain"]().model
     for kind, virtual in (("1f1b", 1), ("interleaved", 2), ("zbv", 2)):
-        home = tuple(compute(kind, 4, virtual, 1)[0].home.values())
+        home = tuple(seat for (seat,) in compute(kind, 4, virtual, 1)[0].home.values())
         made = cut(model, home)
         loads = [
             sum(c.total for c, rank in zip(made.costs, home, strict=True) if rank == r) for r in range(4)

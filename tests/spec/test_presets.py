@@ -1,17 +1,60 @@
-"""Tiny siblings speak the same pattern language as the published models."""
+"""Tiny siblings speak the same pattern language as the published models, and have the same switches."""
 
 import pytest
 
 from weft.models import presets
-from weft.spec.count import count
+from weft.spec.count import count, count_parts
+from weft.spec.data import DataConfig
+from weft.spec.encoder import EncoderConfig
 from weft.spec.hybrid import HybridConfig
+from weft.spec.modules import Modules
+from weft.spec.run import RunConfig
 
-NAMES = [name for name in vars(presets) if name.isupper() and not name.endswith("_TINY")]
+ALL = {name: value for name, value in vars(presets).items() if name.isupper()}
+FULL = {name: value for name, value in ALL.items() if not name.endswith("_TINY")}
+NAMES = [name for name, value in FULL.items() if isinstance(value, HybridConfig)]
+ENCODERS = [name for name, value in FULL.items() if isinstance(value, EncoderConfig)]
+OMNI = [name for name, value in FULL.items() if isinstance(value, Modules)]
+SIZES = ("_size", "_layers", "_heads", "token", "patch", "_patches", "_grid", "prefix", "mels", "_channels")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *ENCODERS])
 def test_published_sizes_are_possible(name: str) -> None:
     assert list(getattr(presets, name).problems()) == []
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_tiny_encoder(name: str) -> None:
+    """Only sizes differ."""
+    full: EncoderConfig = getattr(presets, name)
+    small: EncoderConfig = getattr(presets, f"{name}_TINY")
+    assert list(small.problems()) == []
+    assert type(small) is type(full)
+    for field in vars(full):
+        if not field.endswith(SIZES) and not field.startswith("_"):
+            assert getattr(small, field) == getattr(full, field), field
+    assert sum(spec.numel for spec in small.params()) < 100_000
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if isinstance(ALL[name], Modules)])
+def test_modules_fit_together(name: str) -> None:
+    """As a run refuses them otherwise."""
+    modules: Modules = getattr(presets, name)
+    data = DataConfig(source="mock")
+    run = RunConfig(model=modules.decoder, encoders=dict(modules.encoders), data=data)
+    assert list(run.problems()) == []
+    assert run.modules.params() == modules.params()
+    tokens = [getattr(e, t) for e in modules.encoders.values() for t in ("token", "start_token", "end_token")]
+    given = [token for token in tokens if token >= 0]
+    assert len(set(given)) == len(given)
+
+
+@pytest.mark.parametrize("name", OMNI)
+def test_tiny_omni(name: str) -> None:
+    full: Modules = getattr(presets, name)
+    small: Modules = getattr(presets, f"{name}_TINY")
+    assert {n: e.kind for n, e in small.encoders.items()} == {n: e.kind for n, e in full.encoders.items()}
+    assert sum(count_parts(small).values()) < 1_000_000
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -31,8 +74,9 @@ def test_tiny_sibling(name: str) -> None:
     assert count(small).total < 1_000_000
 
 
-def test_there_are_six() -> None:
-    assert len(NAMES) == 6
+def test_every_preset_is_of_a_known_kind() -> None:
+    assert (len(NAMES), len(ENCODERS), len(OMNI)) == (6, 2, 1)
+    assert len(NAMES) + len(ENCODERS) + len(OMNI) == len(FULL)
 
 
 def test_tiny_keeps_letters_far_from_attention() -> None:

@@ -23,6 +23,7 @@ from weft.spec.count import mean_context, training_flops_per_token
 from weft.spec.layout import PlanConfig
 from weft.spec.run import RunConfig, TrainConfig
 from weft.train.loop import NotFinite, Trainer
+from weft.train.team import decoder_only
 
 
 class Documents:
@@ -42,7 +43,9 @@ def two_steps(
     model = make(precision)
     train = TrainConfig(train_iters=2, global_batch_size=4, micro_batch_size=micro, precision=precision)
     trainer = Trainer(
-        RunConfig(model=model.config, train=train), model, Documents(), mesh_of(PlanConfig(), comm)
+        RunConfig(model=model.config, train=train),
+        decoder_only(model, mesh_of(PlanConfig(), comm)),
+        Documents(),
     )
     rows, grads = [], []
     for step in (1, 2):
@@ -254,7 +257,9 @@ def trainer(comm: Comm) -> Trainer:
     model = make("fp64")
     train = TrainConfig(global_batch_size=comm.size, micro_batch_size=1, precision="fp64")
     return Trainer(
-        RunConfig(model=model.config, train=train), model, Documents(), mesh_of(PlanConfig(), comm)
+        RunConfig(model=model.config, train=train),
+        decoder_only(model, mesh_of(PlanConfig(), comm)),
+        Documents(),
     )
 
 

@@ -19,6 +19,7 @@ from weft.parallel.store import Store
 from weft.parallel.threads import run_threads
 from weft.spec.layout import ExpertsConfig, LayoutConfig, PlanConfig, StoreConfig
 from weft.train.evaluate import Evaluation, evaluate
+from weft.train.team import decoder_only
 
 START, LENGTHS, BYTES = 1, (9, 3, 20, 1, 14), 133
 OPS = ("attention", "conv", "cross_entropy", "experts", "mlp", "norm", "router", "scan")
@@ -49,7 +50,9 @@ def direct(model: HybridLM, split: Split, seq_length: int) -> float:
 def test_bits_per_byte_of_every_token(seq_length: int) -> None:
     split, model = tiny_split(), make("fp64")
     nats = direct(model, split, seq_length)
-    result = evaluate(model, split.windows(seq_length, 2, 2), mesh_of(PlanConfig(), SingleComm()), chunk=5)
+    result = evaluate(
+        decoder_only(model, mesh_of(PlanConfig(), SingleComm())), split.windows(seq_length, 2, 2), chunk=5
+    )
     assert result.tokens == split.tokens == sum(LENGTHS)
     assert result.loss == pytest.approx(nats / sum(LENGTHS), rel=1e-12)
     bits = result.bits_per_byte(split.tokens, split.bytes)
@@ -63,7 +66,7 @@ def test_two_ranks_read_the_same_tokens(count: int) -> None:
 
     def share(comm: Comm) -> Evaluation:
         windows = split.windows(7, 2, count, part=comm.rank, parts=comm.size)
-        return evaluate(make("fp64"), windows, mesh_of(PlanConfig(), comm), chunk=5)
+        return evaluate(decoder_only(make("fp64"), mesh_of(PlanConfig(), comm)), windows, chunk=5)
 
     for result in run_threads(2, share):
         assert result.tokens == sum(LENGTHS)
@@ -75,9 +78,8 @@ def test_a_rank_without_windows_adds_nothing() -> None:
 
     def share(comm: Comm) -> Evaluation:
         return evaluate(
-            make("fp64"),
+            decoder_only(make("fp64"), mesh_of(PlanConfig(), comm)),
             split.windows(1000, 2, 2, part=comm.rank, parts=2),
-            mesh_of(PlanConfig(), comm),
             chunk=5,
         )
 
@@ -107,7 +109,7 @@ def test_layouts_read_the_same_tokens(layout: LayoutConfig, count: int) -> None:
         model = assemble(config, "fp64", torch.device("cpu"), 3, mesh)
         Store(model, config.params(), "fp64", mesh)
         windows = split.windows(16, 2, count, part=mesh.reader, parts=mesh.layout.readers)
-        return evaluate(model, windows, mesh, chunk=5)
+        return evaluate(decoder_only(model, mesh), windows, chunk=5)
 
     for result in run_threads(4, share):
         assert result.tokens == sum(LENGTHS)
@@ -123,7 +125,7 @@ def test_stages_of_different_layouts_read_the_same_tokens() -> None:
         mesh = mesh_of(PlanConfig(decoder=LayoutConfig(pp=2, tp_of_stages=(2, 1))), comm, config)
         model = assemble(config, "fp64", torch.device("cpu"), 3, mesh)
         windows = split.windows(16, 0, 3, part=mesh.reader, parts=mesh.layout.readers)
-        return evaluate(model, windows, mesh, chunk=5)
+        return evaluate(decoder_only(model, mesh), windows, chunk=5)
 
     for result in run_threads(8, share):
         assert result.tokens == sum(LENGTHS)
@@ -143,7 +145,7 @@ def test_experts_of_other_ranks_read_the_same_tokens(decoder: LayoutConfig, padd
         mesh = mesh_of(PlanConfig(decoder=decoder, experts=ExpertsConfig(ep=4)), comm)
         model = assemble(config, "fp64", torch.device("cpu"), 3, mesh)
         windows = split.windows(16, 2, 2, part=mesh.reader, parts=mesh.layout.readers)
-        return evaluate(model, windows, mesh, chunk=5)
+        return evaluate(decoder_only(model, mesh), windows, chunk=5)
 
     for result in run_threads(4, share):
         assert result.tokens == sum(LENGTHS)

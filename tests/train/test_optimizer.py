@@ -16,7 +16,10 @@ from weft.spec.run import OptimizerConfig
 from weft.train.optimizer import Optimizer, RouterLoad, load_row
 
 PRESETS = {name: value for name, value in vars(presets).items() if name.isupper()}
-UNDECAYED = re.compile(r"(.*\.)?([eh]?norm\.weight|bias|A_log|D|dt_bias)")
+UNDECAYED = re.compile(
+    r"(.*\.)?([eh]?norm\.weight|norm[12_]\w*\.weight|bias(_[uv])?|A_log|D|dt_bias|scale[12]|norm\.(mean|var))"
+)
+CONSTANTS = re.compile(r".*(router\.bias|conv\.norm\.(mean|var))")
 
 
 def optimizer_of(model: HybridLM, **settings: float) -> tuple[Store, Optimizer]:
@@ -43,8 +46,8 @@ def test_zero_gradients_leave_only_decay() -> None:
 def test_what_decays_in_every_preset(name: str) -> None:
     for spec in PRESETS[name].params():
         assert spec.decay == (UNDECAYED.fullmatch(spec.name) is None), spec.name
-        assert spec.decay == (len(spec.shape) > 1), spec.name
-        assert spec.buffer == spec.name.endswith("router.bias"), spec.name
+        assert spec.decay == (len(spec.shape) > 1 and not spec.name.endswith(("bias_u", "bias_v"))), spec.name
+        assert spec.buffer == (CONSTANTS.fullmatch(spec.name) is not None), spec.name
 
 
 def test_adam_of_one_step() -> None:
@@ -93,7 +96,7 @@ def moved(comm: Comm, rate: float, counts: dict[str, list[int]]) -> tuple[dict, 
     """Totals, and how far each bias moved, in steps of 0.125."""
     model = make("fp64", n_routed_experts=4, num_experts_per_tok=2)
     model.load_state_dict({n: torch.zeros_like(t) for n, t in model.state_dict().items()})
-    load = RouterLoad(model)
+    load = RouterLoad(model, model.device)
     for key, values in counts.items():
         load.add(key, torch.tensor(values))
     found = load.finish(comm, rate)
@@ -127,7 +130,7 @@ def test_the_bias_compares_whole_counts() -> None:
     ]
     for counts, steps in cases:
         bias.zero_()
-        load = RouterLoad(model)
+        load = RouterLoad(model, model.device)
         load.add("layers.1", torch.tensor(counts))
         load.finish(SingleComm(), 0.125)
         assert (bias / 0.125).tolist() == steps
@@ -137,7 +140,7 @@ def test_dropped_choices_count_for_the_bias_and_make_the_drop_rate() -> None:
     """Summed over microbatches, repetitions of a depth, and ranks."""
 
     def work(comm: Comm) -> tuple[dict, dict]:
-        load = RouterLoad(make("fp64", n_routed_experts=4, num_experts_per_tok=2))
+        load = RouterLoad(make("fp64", n_routed_experts=4, num_experts_per_tok=2), torch.device("cpu"))
         for key, values in COUNTS.items():
             load.add(key, torch.tensor(values), torch.tensor(1 + comm.rank))
         counts = load.finish(comm, 0.0)

@@ -31,6 +31,7 @@ from weft.spec.run import RunConfig, TrainConfig
 from weft.train.loop import Trainer
 from weft.train.report import write_report
 from weft.train.run import train
+from weft.train.team import decoder_only
 from weft.train.timeline import Part, Timelines, compare, part, read_timelines, write_timelines
 
 SECONDS = {"F": 3e-3, "B": 4e-3, "W": 2e-3, "STEP": 1e-3, "REDUCE": 5e-4}
@@ -53,7 +54,7 @@ def told(schedule: Schedule, line: Timeline) -> list[Part]:
             case _:
                 return span
 
-    ranks = range(schedule.graph.ranks)
+    ranks = range(schedule.graph.seats)
     lines = [Timeline(tuple(seen(span) for span in line.spans if span.rank == rank)) for rank in ranks]
     live = prove(schedule).live
     parts = [part(own.shifted(3.5 * rank).spans, live[rank]) for rank, own in enumerate(lines)]
@@ -111,11 +112,11 @@ def traced(kind: Kind) -> Timelines:
     def work(comm: Comm) -> Timelines:
         mesh = mesh_of(plan, comm, run.model)
         model = assemble(run.model, "fp64", torch.device("cpu"), 1, mesh)
-        trainer = Trainer(run, model, Samples(), mesh)
+        trainer = Trainer(run, decoder_only(model, mesh), Samples())
         for step in (1, 2):
             trainer.step(step, trainer.batches(trainer.samples))
         parts = comm.gather_objects(part(trainer.spans, trainer.executor.peak) if mesh.first else None)
-        return compare([own for own in parts if own], *schedule_of(plan.schedule, trainer.pipeline.cut, 4, 0))
+        return compare([own for own in parts if own], *schedule_of(plan.schedule, trainer.team.cut, 4, 0))
 
     return run_threads(2, work, 60)[0]
 

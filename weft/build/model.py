@@ -1,18 +1,28 @@
 """From a config to a model with memory, dtypes and values."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from weft.build.init import initial
+from weft.models.audio import AudioEncoder
+from weft.models.encoder import whole
 from weft.models.hybrid import HybridLM
+from weft.models.vision import VisionEncoder
+from weft.nn.encoder import Projector
 from weft.parallel.fill import fill
 from weft.parallel.mesh import Mesh
 from weft.plan.box import Box
+from weft.spec.audio import AudioConfig
 from weft.spec.hybrid import HybridConfig
+from weft.spec.modules import DECODER, Module
 from weft.spec.param import ParamSpec
 from weft.spec.precision import PRECISIONS, Precision
+from weft.spec.vision import VisionConfig
+
+Model = HybridLM | VisionEncoder | AudioEncoder
 
 
 def dtype_of(spec: ParamSpec, precision: Precision) -> torch.dtype:
@@ -23,11 +33,10 @@ def dtype_of(spec: ParamSpec, precision: Precision) -> torch.dtype:
 def assemble(
     config: HybridConfig, precision: str, device: torch.device, seed: int, mesh: Mesh | None = None
 ) -> HybridLM:
-    """A freshly initialized model: all of it, or with a mesh what this rank holds."""
-    policy = PRECISIONS[precision]
-    return _materialize(
-        config, device, lambda spec, box: initial(spec, seed, dtype_of(spec, policy), box), mesh
-    )
+    """A freshly initialized decoder: all of it, or with a mesh what this rank holds."""
+    model = assemble_module(Module(DECODER, config), precision, device, drawn(seed), mesh)
+    assert isinstance(model, HybridLM)  # noqa: S101 - what a decoder's config makes
+    return model
 
 
 def assemble_from(
@@ -37,33 +46,77 @@ def assemble_from(
     read: Callable[[str, Box], Tensor],
     mesh: Mesh | None = None,
 ) -> HybridLM:
-    """A model whose values come by name and box, cast to the policy's dtypes."""
+    """A decoder whose values come by name and box, cast to the policy's dtypes."""
+    model = assemble_module(Module(DECODER, config), precision, device, taken(read), mesh)
+    assert isinstance(model, HybridLM)  # noqa: S101 - what a decoder's config makes
+    return model
+
+
+Values = Callable[[ParamSpec, Box, torch.dtype], Tensor]
+"""A box of a parameter, named as in checkpoints, in some dtype."""
+
+
+def drawn(seed: int) -> Values:
+    """Initial values."""
+    return lambda spec, box, dtype: initial(spec, seed, dtype, box)
+
+
+def taken(read: Callable[[str, Box], Tensor]) -> Values:
+    """Values that come by name and box."""
+    return lambda spec, box, dtype: read(spec.name, box).to(dtype)
+
+
+def assemble_module(
+    module: Module, precision: str, device: torch.device, values: Values, mesh: Mesh | None = None
+) -> Model:
+    """A module of a run, or with a mesh what this rank holds; what is not trained requires no gradient."""
     policy = PRECISIONS[precision]
-    return _materialize(
-        config, device, lambda spec, box: read(spec.name, box).to(dtype_of(spec, policy)), mesh
-    )
+
+    def value(spec: ParamSpec, box: Box) -> Tensor:
+        return values(replace(spec, name=module.full(spec.name)), box, dtype_of(spec, policy))
+
+    return _materialize(module, device, value, mesh)
+
+
+def _made(module: Module, mesh: Mesh | None) -> Model:
+    """On the meta device."""
+    local = mesh.localize if mesh else whole
+
+    def has(unit: str) -> bool:
+        elsewhere = bool(module.moved) and unit == "projector"
+        return not elsewhere and (mesh is None or mesh.has(unit))
+
+    match module.config:
+        case VisionConfig():
+            return VisionEncoder(module.config, local, has)
+        case AudioConfig():
+            return AudioEncoder(module.config, local, has)
+        case HybridConfig():
+            model = HybridLM(module.config, local, has)
+            if has("projectors"):
+                model.projectors.update({n: Projector(one.projector) for n, one in module.moved.items()})
+            return model
+        case _:
+            raise TypeError(f"no model is made from a {type(module.config).__name__}")
 
 
 def _materialize(
-    config: HybridConfig,
-    device: torch.device,
-    values: Callable[[ParamSpec, Box], Tensor],
-    mesh: Mesh | None,
-) -> HybridLM:
-    model = HybridLM(config, mesh.localize, mesh.has) if mesh else HybridLM(config)
-    specs = [spec for spec in config.params() if mesh is None or mesh.has(spec.name)]
+    module: Module, device: torch.device, values: Callable[[ParamSpec, Box], Tensor], mesh: Mesh | None
+) -> Model:
+    model = _made(module, mesh)
+    specs = [spec for spec in module.params if mesh is None or mesh.has(spec.name)]
     for spec in specs:
         place, name = _place(model, spec.name)
         value = (_local(spec, values, mesh) if mesh else values(spec, Box.whole(spec.shape))).to(device)
         if spec.buffer:
             place.register_buffer(name, value)
         else:
-            setattr(place, name, nn.Parameter(value))
-    if config.tie_word_embeddings and "head" in model.units():
+            setattr(place, name, nn.Parameter(value, requires_grad=module.trains(spec.name)))
+    if isinstance(model, HybridLM) and model.config.tie_word_embeddings and "head" in model.units():
         model.head.weight = model.embed.weight
     if mesh:
         fill(model, specs, mesh)
-        model.rows = mesh.rows
+        model.rows = mesh.rows  # pyright: ignore[reportArgumentType] - a function, which modules keep too
     return model
 
 

@@ -2,9 +2,9 @@
 
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 from weft.config.errors import Problem
 
@@ -18,14 +18,18 @@ def setting(
     le: float | None = None,
     lt: float | None = None,
     dim: str = "",
+    rest: bool = False,
 ) -> Any:
     """A documented dataclass field; ``ge/gt/le/lt`` bound a number (units belong in ``doc``).
 
     A default that is a class or function is called for each new object, like a ``default_factory``.
     ``dim`` names the dimension that a count counts, so that a layout can cut it (``weft.plan.shard``).
+    ``rest`` marks a table that takes every name of its section that is not a field; users do not write its
+    own name.
     """
     limits = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    metadata = {"doc": doc, "limits": {k: v for k, v in limits.items() if v is not None}, "dim": dim}
+    limits = {key: value for key, value in limits.items() if value is not None}
+    metadata = {"doc": doc, "limits": limits, "dim": dim, "rest": rest}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -58,16 +62,29 @@ class Config:
         """Whether every number of this tree is within its field's limits."""
         values = ((f, getattr(self, f.name)) for f in fields(self))
         return all(
-            v.within_limits() if isinstance(v, Config) else not any(member_problems(f, v)) for f, v in values
+            all(section.within_limits() for section in sections.values())
+            if (sections := sections_of(f, value))
+            else not any(member_problems(f, value))
+            for f, value in values
         )
+
+
+def sections_of(f: Field[Any], value: Any) -> dict[str, Config]:
+    """The sections that are the value of a field, or the entries of a table of them, by path."""
+    if isinstance(value, Config):
+        return {f.name: value}
+    if not isinstance(value, Mapping):
+        return {}
+    table, prefix = cast(Mapping[str, Any], value), "" if f.metadata.get("rest") else f"{f.name}."
+    return {prefix + name: entry for name, entry in table.items() if isinstance(entry, Config)}
 
 
 def member_problems(f: Field[Any], value: Any) -> Iterator[Problem]:
     """Problems of one field: those of a section below, or a number outside its limits."""
     limits: dict[str, float] = f.metadata.get("limits", {})
-    if isinstance(value, Config):
-        yield from (p.under(f.name) for p in value.problems())
-    elif isinstance(value, (int, float)) and not isinstance(value, bool) and limits:
+    for path, section in sections_of(f, value).items():
+        yield from (p.under(path) for p in section.problems())
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and limits:
         fault = "" if math.isfinite(value) else "not a finite number"
         if not all(_LIMITS[key][0](value, bound) for key, bound in limits.items()):
             fault = fault or "out of range"

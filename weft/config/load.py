@@ -42,7 +42,10 @@ def read(kind: type[C], values: Mapping[str, Any]) -> tuple[C | None, list[Probl
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Nested plain values: dicts, lists and scalars."""
-    return {f.name: _plain(getattr(config, f.name)) for f in fields(config)}
+    values: dict[str, Any] = {}
+    for f in fields(config):
+        values |= _member(f, getattr(config, f.name))
+    return values
 
 
 def to_yaml(config: Config) -> str:
@@ -66,7 +69,7 @@ def defaults(kind: type[Config]) -> dict[str, Any]:
         annotation = hints(kind)[f.name]
         if _has_default(f):
             value = f.default if f.default_factory is MISSING else f.default_factory()
-            values[f.name] = _plain(value)
+            values |= _member(f, value)
         elif is_section(annotation):
             values[f.name] = defaults(annotation)
     return values
@@ -74,16 +77,19 @@ def defaults(kind: type[Config]) -> dict[str, Any]:
 
 def annotation_at(kind: type[Config], path: str) -> Any:
     """The annotation of the setting at the dotted ``path``, or None if there is none."""
-    name, _, rest = path.partition(".")
-    annotation = hints(kind).get(name)
-    if not rest or annotation is None:
+    name, _, below = path.partition(".")
+    others = rest(kind)
+    annotation = hints(kind).get(name, get_args(hints(kind)[others])[1] if others else None)
+    if not below or annotation is None:
         return annotation
-    return annotation_at(annotation, rest) if is_section(annotation) else None
+    return annotation_at(annotation, below) if is_section(annotation) else None
 
 
 def paths(kind: type[Config], prefix: str = "") -> Iterator[str]:
     """Dotted paths of all settings and sections."""
     for name, annotation in hints(kind).items():
+        if name == rest(kind):
+            continue
         yield prefix + name
         if is_section(annotation):
             yield from paths(annotation, f"{prefix}{name}.")
@@ -96,6 +102,11 @@ def hints(kind: type[Config]) -> dict[str, Any]:
     return {f.name: resolved[f.name] for f in fields(kind)}
 
 
+def rest(kind: type[Config]) -> str:
+    """The field of ``kind`` that takes what no other field is named; empty if there is none."""
+    return next((f.name for f in fields(kind) if f.metadata.get("rest")), "")
+
+
 def is_section(annotation: Any) -> bool:
     """Whether a setting is itself a ``Config``."""
     return isinstance(annotation, type) and issubclass(annotation, Config)
@@ -103,6 +114,11 @@ def is_section(annotation: Any) -> bool:
 
 def _has_default(f: Field[Any]) -> bool:
     return f.default is not MISSING or f.default_factory is not MISSING
+
+
+def _member(f: Field[Any], value: Any) -> dict[str, Any]:
+    """What a field adds to the plain values of its section."""
+    return _plain(value) if f.metadata.get("rest") else {f.name: _plain(value)}
 
 
 def _plain(value: Any) -> Any:
@@ -144,7 +160,13 @@ class _Reader:
             return self.wrong(
                 path, f"is a section, not {show(value)}; set its members, for example {example}"
             )
-        values = cast(Mapping[str, Any], value)
+        values, others = cast(Mapping[str, Any], value), rest(kind)
+        if others:
+            inside = {
+                name for name in values if name not in hints(kind) and isinstance(values[name], Mapping)
+            }
+            known = {name: item for name, item in values.items() if name not in inside}
+            values = {**known, others: {name: values[name] for name in values if name in inside}}
         for name in values:
             if name not in hints(kind):
                 self.unknown(kind, path, str(name))
@@ -158,6 +180,8 @@ class _Reader:
 
     def member(self, f: Field[Any], annotation: Any, values: Mapping[str, Any], path: str) -> Any:
         inner = f"{path}.{f.name}" if path else f.name
+        if f.metadata.get("rest"):
+            return self.table(get_args(annotation), values[f.name], path)
         if f.name in values:
             return self.value(annotation, values[f.name], inner, limit_words(f))
         if _has_default(f):
@@ -221,14 +245,25 @@ class _Reader:
         entries = cast(Mapping[Any, Any], value)
         if bad := [key for key in entries if not isinstance(key, str)]:
             return self.wrong(path, f"names are words, not {bad[0]!r}")
-        read_items = {key: self.value(kinds[1], item, f"{path}.{key}") for key, item in entries.items()}
+        prefix = f"{path}." if path else ""
+        read_items = {key: self.value(kinds[1], item, prefix + key) for key, item in entries.items()}
         return _WRONG if _WRONG in read_items.values() else read_items
 
     def optional(self, kinds: tuple[Any, ...], value: Any, path: str) -> Any:
         inner = [kind for kind in kinds if kind is not types.NoneType]
+        if all(map(is_section, kinds)):
+            return self.variant(kinds, value, path)
         if len(inner) != 1:
             raise TypeError(f"{path}: a setting has one type, or one type and None; not {kinds}")
         return None if value is None else self.value(inner[0], value, path)
+
+    def variant(self, kinds: tuple[type[Config], ...], value: Any, path: str) -> Any:
+        """One of several sections, which one is said by its ``kind``."""
+        named = {word: kind for kind in kinds for word in get_args(hints(kind)["kind"])}
+        word = cast(Mapping[str, Any], value).get("kind") if isinstance(value, Mapping) else None
+        if word in named:
+            return self.section(named[word], value, path)
+        return self.wrong(f"{path}.kind", f"expected one of {', '.join(named)}, not {show(word)}")
 
 
 def _integer(value: Any) -> Any:

@@ -2,9 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from jaxtyping import Bool, Int64
+
+from weft.plan.items import Placed
+from weft.plan.runs import Run
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,8 @@ class Batch:
     segments (a document, or its part inside one window) and sum to the tokens; ``samples`` are the global
     indices of the windows, and ``sizes`` their tokens, where they are not all alike. ``mask`` tells which
     targets count: all that exist, except in the last window of an epoch, whose repeated tokens do not count
-    twice.
+    twice, and where the data says that it does not (the question of a conversation). ``items`` are what
+    encoders read, and the tokens whose places their rows take, in order.
     """
 
     tokens: Int64[np.ndarray, " tokens"]
@@ -25,6 +30,7 @@ class Batch:
     lengths: tuple[int, ...]
     samples: tuple[int, ...]
     sizes: tuple[int, ...] = ()
+    items: tuple[Placed, ...] = ()
 
     @property
     def windows(self) -> tuple[int, ...]:
@@ -40,6 +46,7 @@ class Batch:
 
 def join(batches: Sequence[Batch]) -> Batch:
     """One batch of all windows, in order."""
+    firsts = accumulate((len(b.tokens) for b in batches), initial=0)
     return Batch(
         tokens=np.concatenate([b.tokens for b in batches]),
         future=np.concatenate([b.future for b in batches], axis=1),
@@ -47,7 +54,13 @@ def join(batches: Sequence[Batch]) -> Batch:
         lengths=tuple(n for b in batches for n in b.lengths),
         samples=tuple(n for b in batches for n in b.samples),
         sizes=tuple(n for b in batches for n in b.windows),
+        items=tuple(_moved(p, first) for b, first in zip(batches, firsts, strict=False) for p in b.items),
     )
+
+
+def _moved(placed: Placed, by: int) -> Placed:
+    """The same item, ``by`` tokens further on."""
+    return Placed(placed.item, tuple(Run(run.start + by, run.length) for run in placed.places))
 
 
 def empty(targets: int) -> Batch:

@@ -92,6 +92,7 @@ class HybridLM(Layer):
 
     Attributes:
         rows: of so many tokens, those whose whole features this rank has (see ``Context.rows``).
+        projectors: of encoders whose features are projected here, by their names.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class HybridLM(Layer):
         super().__init__()
         self.config = config
         self.rows: Callable[[int], slice] = lambda tokens: slice(None)
+        self.projectors = nn.ModuleDict()
         if has("embed"):
             self.embed = Embedding(config.embedding)
         blocks = {f"layers.{i}": block for i, block in enumerate(config.blocks)}
@@ -119,6 +121,8 @@ class HybridLM(Layer):
         for name, module in self.named_children():
             if name == "layers":
                 units |= {f"layers.{i}": layer for i, layer in module.named_children()}
+            elif name == "projectors":
+                units |= {f"projectors.{one}": layer for one, layer in module.named_children()}
             elif name != "mtp":
                 units[name] = module
         for i, depth in enumerate(self.mtp):

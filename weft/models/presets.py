@@ -1,11 +1,14 @@
-"""Published sizes of the hybrid family, each with a tiny sibling of the same pattern language.
+"""Published sizes, each with a tiny sibling: hybrid decoders, encoders of items, and both together.
 
 Torch-free: recipes read it before torch is imported.
 """
 
 from dataclasses import replace
 
+from weft.spec.audio import AudioConfig
 from weft.spec.hybrid import HybridConfig
+from weft.spec.modules import Modules
+from weft.spec.vision import VisionConfig
 
 NEMOTRON_H_8B = HybridConfig(
     pattern="M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
@@ -147,3 +150,68 @@ NEMOTRON3_NANO_4B_TINY = tiny(NEMOTRON3_NANO_4B)
 NEMOTRON3_NANO_30B_TINY = tiny(NEMOTRON3_NANO_30B)
 NEMOTRON3_SUPER_TINY = tiny(NEMOTRON3_SUPER)
 NEMOTRON3_ULTRA_TINY = tiny(NEMOTRON3_ULTRA)
+
+# The vision encoder of Nemotron 3 Nano Omni: C-RADIOv4-H, and the projector to that decoder.
+CRADIO_V4_H = VisionConfig(
+    hidden_size=1280,
+    num_hidden_layers=32,
+    num_attention_heads=16,
+    intermediate_size=5120,
+    output_size=2688,
+    projector_size=20480,
+    token=18,
+    start_token=21,
+    end_token=22,
+)
+
+CRADIO_V4_H_TINY = VisionConfig(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=128,
+    patch=4,
+    prefix=3,
+    max_grid=8,
+    min_patches=4,
+    max_patches=64,
+    video_grid=4,
+    output_size=64,
+    projector_size=128,
+    token=18,
+    start_token=21,
+    end_token=22,
+)
+
+# The sound encoder of Nemotron 3 Nano Omni: Parakeet's FastConformer, and the projector to that decoder.
+PARAKEET_OMNI = AudioConfig(
+    hidden_size=1024,
+    num_hidden_layers=24,
+    num_attention_heads=8,
+    intermediate_size=4096,
+    output_size=2688,
+    projector_size=4096,
+    conv_bias=False,
+    token=27,
+)
+
+PARAKEET_OMNI_TINY = replace(
+    PARAKEET_OMNI,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=64,
+    output_size=64,
+    projector_size=48,
+    mels=16,
+    subsampling_channels=8,
+)
+
+# Nemotron 3 Nano Omni. Its rows of a video take the places of picture tokens.
+NEMOTRON3_NANO_OMNI = Modules(NEMOTRON3_NANO_30B, {"vision": CRADIO_V4_H, "audio": PARAKEET_OMNI})
+NEMOTRON3_NANO_OMNI_TINY = Modules(
+    NEMOTRON3_NANO_30B_TINY,
+    {  # tokens above those of any tokenizer that a tiny run trains
+        "vision": replace(CRADIO_V4_H_TINY, token=508, start_token=509, end_token=510),
+        "audio": replace(PARAKEET_OMNI_TINY, token=511),
+    },
+)

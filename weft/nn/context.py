@@ -8,6 +8,7 @@ from torch import Tensor
 
 from weft.nn.state import Cache
 from weft.ops.segments import Segments
+from weft.plan.items import Pieces
 
 
 class Ran(NamedTuple):
@@ -71,6 +72,7 @@ class Context:
         seed: of the run.
         full: tokens of each sample of the largest microbatch of any rank, where that is known: shapes that
             are to be static depend on nothing else.
+        pieces: what an encoder computes; its ``lengths`` are those of ``segments``. None in a decoder.
         tally: how often each expert was chosen in the earlier forward passes of this step, by layer, summed
             over ranks.
     """
@@ -83,4 +85,5 @@ class Context:
     places: Int[Tensor, " tokens"] | None = None
     seed: int = 0
     full: tuple[int, ...] = ()
+    pieces: Pieces | None = None
     tally: dict[str, Int[Tensor, " experts"]] = field(default_factory=dict)

@@ -13,22 +13,26 @@ from weft.nn.slots import Lookup, Loss, Product, Total
 from weft.ops.linear import linear
 from weft.ops.norm import gated_group_norm, normalize, rms_norm, sum_of_squares
 from weft.spec.hybrid import EmbeddingConfig
-from weft.spec.layers import LinearConfig, NormConfig, RouterConfig
+from weft.spec.layers import LayerNormConfig, LinearConfig, NormConfig
 
 
 class Linear(Layer):
-    """``y = x W^T``."""
+    """``y = x W^T``, plus a bias where the config has one."""
 
     weight: Tensor
+    bias: Tensor | None
 
-    def __init__(self, config: LinearConfig | RouterConfig) -> None:
+    def __init__(self, config: LinearConfig) -> None:
         super().__init__()
+        if not config.bias:
+            self.bias = None
         self.own(config.params())
         self.product = Product()
 
     def forward(self, x: Float[Tensor, "read cols"], ctx: Context) -> Float[Tensor, "written rows"]:
         """Project; a layout may also change which tokens and features are here."""
-        return self.product(x, self.weight, ctx.segments.tokens)
+        y = self.product(x, self.weight, ctx.segments.tokens)
+        return y if self.bias is None else y + self.bias
 
 
 class RMSNorm(Layer):
@@ -52,6 +56,22 @@ class RMSNorm(Layer):
         """The norm where other ranks have the rest of each group."""
         squares = sum_of_squares(x, self.config.group)
         return normalize(x, self.total(squares), self.config.group, self.weight, self.config.eps)
+
+
+class LayerNorm(Layer):
+    """Norm with mean and bias (Ba et al. 2016, arXiv 1607.06450)."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, config: LayerNormConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.own(config.params())
+
+    def forward(self, x: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens dim"]:
+        """``(x - mean) / std * weight + bias``."""
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.config.eps)
 
 
 class GatedGroupNorm(RMSNorm):
@@ -108,6 +128,12 @@ class Head(Layer):
         """
         wide = self.weight.float() if self.weight.dtype == torch.bfloat16 else self.weight
         return [self.loss(state, wide, targets[k], scales[k], chunk) for k, state in enumerate(states)]
+
+    def best(
+        self, state: Float[Tensor, "rows embed"], targets: Int[Tensor, " tokens"], chunk: int
+    ) -> Int[Tensor, " rows"]:
+        """The most likely token after each row here; ``targets`` are those of the whole run of tokens."""
+        return self.loss.best(state, self.weight, targets, chunk)
 
     def logits(self, hidden: Float[Tensor, "tokens embed"]) -> Float[Tensor, "tokens vocab"]:
         """Logits, on one device."""

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from weft.config.errors import RunError
 from weft.nn.context import Context, Ran, RouterStats
-from weft.nn.linear import Linear
-from weft.nn.slots import Total
+from weft.nn.module import Layer
+from weft.nn.slots import Product, Total
 from weft.ops.mix import uniform
 from weft.ops.router import (
     choice_frequency,
@@ -46,7 +46,7 @@ class Choice(NamedTuple):
     bound: int | None
 
 
-class Router(Linear):
+class Router(Layer):
     """Scores from the full width; choices by score plus bias; weights from the scores.
 
     Everything is computed in the dtype of the bias, which no policy reduces: fp32, or fp64 under fp64.
@@ -58,11 +58,14 @@ class Router(Linear):
             is decided together only for groups of tokens that lie on several ranks.
     """
 
+    weight: Tensor
     bias: Tensor
 
     def __init__(self, config: RouterConfig) -> None:
-        super().__init__(config)
+        super().__init__()
         self.config = config
+        self.own(config.params())
+        self.product = Product()
         self.total, self.everyone = Total("tokens"), Total("batch")
         self.block: Callable[[int], tuple[slice, range]] | None = None
         self.parts: Callable[[int], tuple[range, ...]] | None = None

@@ -1,13 +1,14 @@
 """The slots: places where a layer's mathematics may need a peer, with one-device defaults.
 
 The whole vocabulary: enter and leave (joined with their product in a projection), total, lookup, attend,
-scan (with the convolution before it), dispatch/combine, loss. A parallel layout replaces a slot; the layer
-around it does not change.
+scan (with the convolution before it), dispatch/combine, loss; in encoders halo and regroup. A parallel layout
+replaces a slot; the layer around it does not change.
 """
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple, cast
 
+import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +21,7 @@ from weft.ops.dispatch import Sorted, collect, sort, spread
 from weft.ops.linear import linear
 from weft.ops.scan import ssd, ssd_step
 from weft.ops.segments import Segments
+from weft.plan.items import Pieces
 
 
 class Product(nn.Module):
@@ -72,6 +74,43 @@ class Total(nn.Module):
     def forward(self, x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         """The statistic is complete already."""
         return x
+
+
+class Halo(nn.Module):
+    """The rows here with those around them that other ranks have of the same sequences.
+
+    Args:
+        rows: how far it reaches on both sides; to the ends of the sequence if None.
+    """
+
+    def __init__(self, rows: int | None = None) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, x: Shaped[Tensor, "rows *width"], pieces: Pieces) -> Shaped[Tensor, "around *width"]:
+        """Rows of ``pieces.here`` -> of ``pieces.reach(self.rows)``; whole sequences are here already."""
+        return x
+
+
+class Regroup(nn.Module):
+    """Rows of sequences -> some of them in blocks, each block whole on one rank.
+
+    Args:
+        skip: rows at the beginning of each sequence that are left out.
+        block: rows of a block; it divides the rows of every sequence without the first ``skip``.
+    """
+
+    def __init__(self, skip: int, block: int) -> None:
+        super().__init__()
+        self.skip, self.block = skip, block
+
+    def forward(self, x: Shaped[Tensor, "rows width"], pieces: Pieces) -> Shaped[Tensor, "blocks wide"]:
+        """Rows of ``pieces.here`` -> their blocks, rows of a block side by side (wide = block * width)."""
+        own = (
+            x[max(self.skip - p.start, 0) :]
+            for p, x in zip(pieces.here, x.split(pieces.lengths), strict=True)
+        )
+        return torch.cat([x[:0], *own]).reshape(-1, self.block * x.shape[-1])
 
 
 class Lookup(nn.Module):
@@ -271,3 +310,14 @@ class Loss(nn.Module):
         the result its part of the sum.
         """
         return linear_cross_entropy(hidden, weight, targets, chunk=chunk, scale=scale)
+
+    def best(
+        self,
+        hidden: Float[Tensor, "rows embed"],
+        weight: Float[Tensor, "vocab width"],
+        targets: Int[Tensor, " tokens"],
+        chunk: int,
+    ) -> Int[Tensor, " rows"]:
+        """The most likely token after each row here; the first of equals. ``targets`` as in ``forward``."""
+        parts = [linear(h, weight).argmax(-1) for h in hidden.split(chunk)]
+        return torch.cat([targets.new_zeros(0), *parts])

@@ -1,4 +1,4 @@
-"""Runs the list of one pipeline rank (``weft.plan.schedule``): one action after the other, nothing else.
+"""Runs the list of one seat (``weft.plan.schedule``): one action after the other, nothing else.
 
 Between passes of different stages tensors are cut off from the autograd graph: a stage reads leaves, and its
 backward pass ends at them. B computes the gradients of these leaves; those of large weights are queued until
@@ -6,7 +6,7 @@ W, unless W follows directly: then both are one backward pass (``weft.ops.late``
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -21,18 +21,21 @@ from weft.plan.schedule import Action, Edge, Schedule
 from weft.plan.timeline import Span, stream_of
 
 Key = tuple[str, int]
-"""A stage and a microbatch."""
+"""A stage and a microbatch, or group of microbatches."""
+Place = tuple[Edge, int, bool]
+"""An edge, one of its transfers, and whether that is of gradients."""
 
 
 class Made(NamedTuple):
     """What a forward pass gives.
 
     Attributes:
-        outputs: what goes to other stages.
+        outputs: what goes to other stages: of each edge, one tensor for each of its transfers in this pass,
+            in order; one, unless the reader takes fewer microbatches at a time.
         loss: this stage's own part of the loss, if it has one.
     """
 
-    outputs: Mapping[Edge, Tensor]
+    outputs: Mapping[Edge, tuple[Tensor, ...]]
     loss: Tensor | None
 
 
@@ -40,25 +43,34 @@ class _Pass(NamedTuple):
     """A forward pass whose backward pass has not come.
 
     Attributes:
-        inputs: leaves.
-        outputs: where gradients enter; a tensor that was sent is not kept for that.
-        loss: where its own part of the loss does.
+        inputs: leaves, by the places where they were.
+        ends: where gradients enter, by the places where these will be (those of the loss in none); a tensor
+            that was sent is not kept for that.
     """
 
-    inputs: Mapping[Edge, Tensor]
-    outputs: Mapping[Edge, GradientEdge]
-    loss: GradientEdge | None
+    inputs: Mapping[Place, Tensor]
+    ends: Sequence[tuple[Place | None, GradientEdge | None]]
 
 
 class Work:
     """What actions mean for the stages of one rank; what is not overridden does nothing."""
 
-    def forward(self, stage: str, microbatch: int, inputs: Mapping[Edge, Tensor]) -> Made:
-        """Compute a stage; ``inputs`` are leaves that gather gradients."""
+    def forward(self, stage: str, index: int, inputs: Mapping[Edge, tuple[Tensor, ...]]) -> Made:
+        """Compute a stage.
+
+        Args:
+            stage: which.
+            index: the microbatch, or group of microbatches.
+            inputs: of each edge into the stage, what came in each transfer of this pass, in order: leaves
+                that gather gradients where these go back.
+        """
         raise NotImplementedError
 
     def post(self, action: Action, value: Tensor | None) -> Callable[[], Tensor | None]:
-        """Launch a transfer, of ``value`` from its source; what is returned waits, and gives what came."""
+        """Launch a transfer, of ``value`` where this rank has its source.
+
+        What is returned waits, and gives what came where this rank has its target.
+        """
         raise NotImplementedError
 
     def enter(self, key: Key, late: bool) -> None:
@@ -85,7 +97,7 @@ class Work:
 
 
 class Executor:
-    """The list of one pipeline rank.
+    """The list of one seat.
 
     Args:
         schedule: proved (``weft.plan.prove``).
@@ -103,8 +115,8 @@ class Executor:
         self.actions, self.rank, self.work = schedule.lists[rank], rank, work
         self.late = Late()
         self.peak = 0
-        graph = schedule.graph
-        self._into = {s: tuple(e for e in graph.edges if e.target == s) for s in graph.at(rank)}
+        self._graph, self._microbatches = schedule.graph, schedule.microbatches
+        self._here = frozenset(self._graph.at(rank))
         self._moved = {(a.unit, a.microbatch) for a in self.actions if a.op == "OUT"}
         self._last = {a.unit: at for at, a in enumerate(self.actions) if a.op == "REDUCE"}
         self._clock = _Clock(device)
@@ -127,8 +139,8 @@ class Executor:
         self._forget()
 
     def _forget(self) -> None:
-        self._values: dict[tuple[Edge, int, bool], Tensor] = {}  # edge, microbatch, backward
-        self._flying: dict[tuple[Edge, int, bool], Callable[[], Tensor | None]] = {}
+        self._values: dict[Place, Tensor] = {}
+        self._flying: dict[Place, Callable[[], Tensor | None]] = {}
         self._passes: dict[Key, _Pass] = {}
         self._kept: dict[Key, Kept] = {}
         self._whole: Key | None = None  # the backward pass that W has nothing to add to
@@ -154,29 +166,44 @@ class Executor:
         rows = zip(self.actions, times, times[1:], strict=False)
         return [Span(self.rank, stream_of(a, self._receives(a)), a, start, end) for a, start, end in rows]
 
+    def _ends(self, action: Action) -> tuple[bool, bool]:
+        """Whether this rank has the source and the target of a transfer."""
+        source, target = (end in self._here for end in action.edge)
+        return (target, source) if action.back else (source, target)
+
     def _receives(self, action: Action) -> bool:
-        """Whether the reading end of a transfer is here."""
-        return bool(action.target) and ((action.unit if action.back else action.target) in self._into)
+        """Whether only the reading end of a transfer is here."""
+        return bool(action.target) and self._ends(action) == (False, True)
+
+    def _places(self, edge: Edge, key: Key, back: bool = False) -> list[Place]:
+        """Of what goes over an edge in a pass of one of its ends."""
+        return [(edge, part, back) for part in self._graph.parts(edge, *key, self._microbatches)]
 
     def _count(self, change: int) -> None:
         self._live += change
         self.peak = max(self.peak, self._live)
 
     def _forward(self, action: Action) -> None:
-        key = action.unit, action.microbatch
-        inputs = {edge: self._values.pop((edge, key[1], False)) for edge in self._into[key[0]]}
-        training = torch.is_grad_enabled()
-        for value in inputs.values() if training else ():
-            value.requires_grad_()
+        key, graph = (action.unit, action.microbatch), self._graph
+        training = torch.is_grad_enabled() and key[0] not in graph.frozen
+        into = {e: self._places(e, key) for e in graph.edges if e.target == key[0]}
+        inputs = {edge: tuple(self._values.pop(place) for place in places) for edge, places in into.items()}
+        leaves: dict[Place, Tensor] = {}
+        for edge, places in into.items() if training else ():
+            if graph.returns(edge):
+                leaves |= zip(places, (value.requires_grad_() for value in inputs[edge]), strict=True)
         self.work.enter(key, late=False)
-        with self._keeping(key) if training else nullcontext():
+        with self._keeping(key) if training else torch.no_grad():
             made = self.work.forward(*key, inputs)
-        for edge, value in made.outputs.items():
-            self._values[edge, key[1], False] = value.detach()
+        ends: list[tuple[Place | None, GradientEdge | None]] = []
+        for edge, values in made.outputs.items():
+            for place, value in zip(self._places(edge, key), values, strict=True):
+                self._values[place] = value.detach()
+                ends.append(((*place[:2], True), _end(value)))
         if training:
-            ends = {edge: get_gradient_edge(value) for edge, value in made.outputs.items()}
-            loss = None if made.loss is None else get_gradient_edge(made.loss)
-            self._passes[key] = _Pass(inputs, ends, loss)
+            if made.loss is not None:
+                ends.append((None, _end(made.loss)))
+            self._passes[key] = _Pass(leaves, ends)
             self._count(1)
 
     def _keeping(self, key: Key) -> AbstractContextManager[Any]:
@@ -187,19 +214,18 @@ class Executor:
 
     def _backward(self, action: Action) -> None:
         key = action.unit, action.microbatch
-        inputs, outputs, loss = self._passes.pop(key)
-        ends, grads = list(outputs.values()), list[Tensor | None]()
-        grads += [self._values.pop((edge, key[1], True)) for edge in outputs]
-        if loss is not None:
-            ends, grads = [*ends, loss], [*grads, None]
+        inputs, ends = self._passes.pop(key)
+        pairs = [(end, None if place is None else self._values.pop(place)) for place, end in ends]
+        enter = [(end, gradient) for end, gradient in pairs if end is not None]
         whole = self._whole == key
         self.work.enter(key, late=not whole)
         with nullcontext() if whole else self.late.defer(key):
-            torch.autograd.backward(ends, grads)
+            if enter:
+                torch.autograd.backward([end for end, _ in enter], [gradient for _, gradient in enter])
         self._kept.pop(key, None)  # what W still needs is in the queue
-        for edge, leaf in inputs.items():
+        for (edge, part, _), leaf in inputs.items():
             gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-            self._values[edge, key[1], True] = gradient
+            self._values[edge, part, True] = gradient
         if whole:
             self.work.leave(key)
 
@@ -214,7 +240,7 @@ class Executor:
 
     def _post(self, action: Action) -> None:
         place = action.edge, action.microbatch, action.back
-        value = None if self._receives(action) else self._values.pop(place)
+        value = self._values.pop(place) if self._ends(action)[0] else None
         self._flying[place] = self.work.post(action, value)
 
     def _wait(self, action: Action) -> None:
@@ -237,6 +263,11 @@ class Executor:
     def _in(self, action: Action) -> None:
         self._kept[action.unit, action.microbatch].back()
         self._count(1)
+
+
+def _end(value: Tensor) -> GradientEdge | None:
+    """Where its gradient enters; None where it has none."""
+    return get_gradient_edge(value) if value.requires_grad else None
 
 
 class _Clock:

@@ -26,13 +26,26 @@ from torch import Tensor, nn
 
 from weft.nn.moe import MoE
 from weft.nn.router import Router
-from weft.nn.slots import Attend, Enter, Exchange, Leave, Lookup, Loss, Product, Scan, Total
+from weft.nn.slots import (
+    Attend,
+    Enter,
+    Exchange,
+    Halo,
+    Leave,
+    Lookup,
+    Loss,
+    Product,
+    Regroup,
+    Scan,
+    Total,
+)
 from weft.parallel import moves
 from weft.parallel.attend import ContextAttend
 from weft.parallel.comm import Comm
 from weft.parallel.dispatch import ShardedExchange, expert_comms
 from weft.parallel.mesh import Mesh
 from weft.parallel.moves import Blocks, Features, Move, Rows, Swap
+from weft.parallel.pieces import ContextHalo, ShardedRegroup
 from weft.parallel.scan import ContextScan
 from weft.parallel.vocabulary import ShardedLookup, ShardedLoss
 from weft.plan.exchanges import transport_of
@@ -205,12 +218,22 @@ class _Filler:
                 return ShardedEnter(self.swap)
             case Leave() if self.wide.size > 1:
                 return ShardedLeave(self.swap)
+            case Exchange() if self.mesh.plan.experts.places > 1 and isinstance(layer, MoE):
+                return self.exchange(layer)
+            case _:
+                return self.along(slot)
+
+    def along(self, slot: nn.Module) -> nn.Module | None:
+        """What takes the place of a slot that works along a run of tokens or rows; None if it stays."""
+        match slot:
             case Attend() if self.sharing.size > 1:
                 return ContextAttend(self.sharing, self.mesh.layout.attend)
             case Scan() if self.sharing.size > 1:
                 return ContextScan(slot.chunk, self.sharing, self.mesh.layout.scan)
-            case Exchange() if self.mesh.plan.experts.places > 1 and isinstance(layer, MoE):
-                return self.exchange(layer)
+            case Halo() if self.sharing.size > 1:
+                return ContextHalo(slot.rows, self.sharing)
+            case Regroup() if self.all.size > 1:
+                return ShardedRegroup(slot, self.all, self.plane)
             case _:
                 return None
 

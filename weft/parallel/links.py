@@ -5,7 +5,7 @@ with the rank at the same place; where they differ in tensor or data parallelism
 whoever has that token next, which follows from the sizes of the samples.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -13,34 +13,39 @@ from torch import Tensor
 
 from weft.parallel.mesh import Mesh
 from weft.parallel.route import Arrival, Channel
+from weft.plan.boundary import residual
 from weft.plan.layout import Plan
 from weft.plan.route import End, Route, compile_route, transpose
 from weft.plan.runs import Run
-from weft.plan.schedule import Action, Edge, Graph
-from weft.plan.shard import share
+from weft.plan.schedule import Action, Edge
 from weft.spec.param import Part
 
 
 class Links:
-    """Channels of one rank, two for each edge between pipeline ranks; a collective call.
+    """Channels of one rank of a module, two for each edge between its pipeline ranks; a collective call.
 
     Args:
         mesh: the rank's place.
-        graph: stages and their edges.
+        edges: of the schedule, with the pipeline ranks of both ends.
         width: features of the residual stream, all of them.
         dtype: of activations.
         device: of activations.
     """
 
     def __init__(
-        self, mesh: Mesh, graph: Graph, width: int, dtype: torch.dtype, device: torch.device
+        self,
+        mesh: Mesh,
+        edges: Mapping[Edge, tuple[int, int]],
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.mesh, self.graph = mesh, graph
+        self.mesh, self.edges = mesh, edges
         self._channels: dict[tuple[Edge, bool], Channel] = {}
         columns = mesh.plane.items(Part("embed", width), mesh.place)
-        for edge in graph.edges:
+        for edge, homes in edges.items():
             for back in (False, True):
-                ends = [graph.home[stage] for stage in (edge[::-1] if back else edge)]
+                ends = homes[::-1] if back else homes
                 if ends[0] != ends[1] and mesh.position in ends:
                     ranks = _party(mesh, *ends)
                     name = f"{edge.source}{'<' if back else '>'}{edge.target}"
@@ -60,15 +65,23 @@ class Links:
             tokens: of the microbatch, on this rank's reader.
             sizes: tokens of each sample of the microbatch, of all readers, where layouts differ.
         """
-        edge, back = action.edge, action.back
-        arrival = self._channels[edge, back].post(self._routes(edge, back, tokens, tuple(sizes)), value)
+        return self._launch(action, value, self._routes(action.edge, action.back, tokens, tuple(sizes)))
+
+    def post_rows(self, action: Action, value: Tensor | None, rows: int) -> Callable[[], Tensor | None]:
+        """``post`` of so many rows between ranks of one place."""
+        ends = self.edges[action.edge]
+        there = _straight(*_party(self.mesh, *ends), rows)
+        return self._launch(action, value, transpose(there) if action.back else there)
+
+    def _launch(self, action: Action, value: Tensor | None, route: Route) -> Callable[[], Tensor | None]:
+        arrival = self._channels[action.edge, action.back].post(route, value)
         return arrival.wait if value is None else lambda: _sent(arrival)
 
     def _route(self, edge: Edge, back: bool, tokens: int, sizes: tuple[int, ...]) -> Route:
         """Of activations, or of gradients on their way back."""
         if back:
             return transpose(self._routes(edge, False, tokens, sizes))
-        source, target = self.graph.home[edge.source], self.graph.home[edge.target]
+        source, target = self.edges[edge]
         mesh, whole = self.mesh, self.mesh.whole
         if _alike(whole, source, target):
             rows = len(mesh.plane.residual_rows(mesh.layout.tokens(tokens)[mesh.part], mesh.place))
@@ -118,14 +131,11 @@ def _between(plan: Plan, source: int, target: int, feature: int, sizes: tuple[in
 
 
 def _end(plan: Plan, position: int, feature: int, sizes: tuple[int, ...]) -> End:
-    """The tokens of each rank of a pipeline rank, counted through all samples."""
-    layout = plan.at(position).decoder
-    held: dict[int, tuple[Run, ...]] = {}
-    for rank in _at(plan, position, feature):
-        own = share(len(sizes), layout.readers, layout.grid.index(rank, "dp"))
-        start = sum(sizes[: own.start])
-        counts, part = layout.tokens(sum(sizes[own.start : own.stop])), layout.grid.index(rank, "cp")
-        rows = layout.plane.residual_rows(counts[part], layout.place(rank))
-        first = start + sum(counts[:part]) + rows.start
-        held[rank] = (Run(first, len(rows)),) if rows else ()
-    return End(held)
+    """The tokens of each rank of a pipeline rank that has these features, counted through all samples."""
+    return End(
+        {
+            each.rank: (Run(each.tokens.start, len(each.tokens)),) if each.tokens else ()
+            for each in residual(plan, position, sizes)
+            if each.feature == feature
+        }
+    )

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from weft.parallel.comm import Comm, Transfer
+from weft.plan.holders import rows_of
 from weft.plan.route import Route, Share, share, transpose
 from weft.plan.runs import Holding, Run, count
-from weft.plan.sweep import rows_of
 
 
 class Arrival:

@@ -322,10 +322,13 @@ class Store:
 
         return finish
 
+    def squares(self) -> Tensor:
+        """This rank's part of the squared L2 norm of the gradient: every box of every parameter once."""
+        return torch.stack([flat.square() for flat in self.flats]).sum()
+
     def norm(self) -> Tensor:
-        """Global L2 norm of the gradient: every box of every parameter once."""
-        squares = torch.stack([flat.square() for flat in self.flats]).sum()
-        return self.mesh.comm.all_reduce(squares).sqrt().to(self.master_dtype)
+        """Global L2 norm of the gradient."""
+        return self.mesh.comm.all_reduce(self.squares()).sqrt().to(self.master_dtype)
 
     def scale(self, factor: Tensor) -> None:
         """Multiply the gradient."""

@@ -52,6 +52,23 @@ class ShardedLoss(Loss):
         """This rank's part of ``scale`` times the summed loss of targets >= 0."""
         return _Loss.apply(hidden, weight, self._work(targets, chunk), scale, torch.is_grad_enabled())
 
+    @torch.no_grad()
+    def best(
+        self,
+        hidden: Float[Tensor, "rows embed"],
+        weight: Float[Tensor, "vocab width"],
+        targets: Int[Tensor, " tokens"],
+        chunk: int,
+    ) -> Int[Tensor, " rows"]:
+        """The most likely token after each row of this rank's block."""
+        work, parts = self._work(targets, chunk), [targets.new_zeros(0)]
+        for at in range(0, work.targets.shape[1], work.height):
+            own = hidden[at : at + work.height]
+            h = work.move.gather(F.pad(own, (0, 0, 0, work.height - len(own))))
+            mine = slice(work.row * work.height, work.row * work.height + len(own))
+            parts.append(work.best(h @ weight.t())[mine])
+        return torch.cat(parts)
+
     def _work(self, targets: Tensor, chunk: int) -> "_Work":
         blocks = self._blocks(len(targets))
         height = max(1, min(blocks.longest, chunk // self._plane.tp))
@@ -82,6 +99,12 @@ class _Work:
     def height(self) -> int:
         """Rows of one rank in one chunk."""
         return self.move.longest
+
+    def best(self, logits: Tensor) -> Tensor:
+        """The largest logit's token, over all ranks; the first of equals."""
+        tops, at = logits.max(-1)
+        everyone, ids = self.move.comm.all_gather(tops), self.move.comm.all_gather(at + self.vocabulary.start)
+        return ids.masked_fill(everyone < everyone.amax(0), torch.iinfo(ids.dtype).max).amin(0)
 
     def softmax(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Losses, the softmax of the logits here (in place), and targets here (-1: not here)."""

@@ -7,9 +7,11 @@ from typing import Any
 from weft.config.base import Config
 from weft.config.errors import ConfigError, Problem
 from weft.plan.context import attend_refusal, scan_refusal
-from weft.plan.layout import Plan, divisors, of_experts, plan_of, plan_of_run
+from weft.plan.grid import divisors
+from weft.plan.layout import Plan, of_experts, plan_of
+from weft.plan.plans import Plans, plans_of_run
 from weft.plan.shard import SHARED, Plane, held, localize
-from weft.plan.step import schedule_of
+from weft.plan.step import step_of
 from weft.plan.units import same_stages, units
 from weft.spec.hybrid import HybridConfig
 from weft.spec.layers import AttentionConfig, MambaConfig, MixerConfig, NormConfig
@@ -49,10 +51,38 @@ class _Count:
 def check_run(run: RunConfig, world: int) -> list[Problem]:
     """Problems of a run's plan on ``world`` ranks; paths start with ``plan``."""
     found = check(run.model, run.plan, world, batch=run.train.global_batch_size)
-    if found:
-        return found
-    plan = plan_of_run(run, world)
-    return [*_tokens(run, plan), *_schedule(run, plan)]
+    try:
+        plans = plans_of_run(run, world)
+    except ConfigError as error:
+        return list(dict.fromkeys([*found, *error.problems]))
+    found += [problem for name in run.encoders for problem in _encoder(run, plans, name)]
+    found += _idle(plans)
+    return found or [*_tokens(run, plans.decoder), *_schedule(run, plans)]
+
+
+def _idle(plans: Plans) -> Iterator[Problem]:
+    """Ranks that no module has."""
+    ranks = [rank for rank in range(plans.world) if not plans.of_rank(rank)]
+    if ranks:
+        fix = f"start {plans.world - len(ranks)} ranks, or name these too"
+        yield Problem("plan.decoder.ranks", f"rank {ranks[0]} has nothing to do; {fix}")
+
+
+def _encoder(run: RunConfig, plans: Plans, name: str) -> Iterator[Problem]:
+    """What an encoder's layers do not allow."""
+    config, plan = run.encoders[name], plans.all[name]
+    layout, path = plan.decoder, f"plan.{name}"
+    causes: dict[str, None] = {}
+    for spec in config.params():
+        try:
+            held(spec, layout.plane, 0)
+        except ValueError as error:
+            causes.setdefault(str(error))
+    yield from (Problem(f"{path}.tp", cause) for cause in causes)
+    for axis in ("tp", "cp"):
+        if config.together and layout.grid.size(axis) > 1:
+            message = f"{layout.grid.size(axis)}, but rows of a video are dropped by looking at all of them"
+            yield Problem(f"{path}.{axis}", f"{message} (encoders.{name}.pruning); set 1, or pruning to 0")
 
 
 def check(model: HybridConfig, config: PlanConfig, world: int, batch: int = 0) -> list[Problem]:
@@ -94,15 +124,15 @@ def _tables(plan: Plan) -> Iterator[Problem]:
         yield Problem("tp_of_stages", f"{message} (a tied head or MTP reads it); give both the same tp")
 
 
-def _schedule(run: RunConfig, plan: Plan) -> Iterator[Problem]:
+def _schedule(run: RunConfig, plans: Plans) -> Iterator[Problem]:
     """What the lists of actions cannot do, proved before launch."""
-    config, count = run.plan.schedule, plan.microbatches(run.train)
+    config, count = run.plan.schedule, plans.decoder.microbatches(run.train)
     path = f"plan.schedule.{'file' if config.kind == 'file' else 'kind'}"
-    assert plan.cut  # noqa: S101 - made with the model
     try:
-        schedule, proof = schedule_of(config, plan.cut, count, plan.decoder.store.level)
+        schedule, proof = step_of(plans, run.modules, config, count)
     except ValueError as error:
-        yield Problem("plan.schedule.resident" if config.resident else path, str(error))
+        bound = "encoder_groups_in_flight" if "in_flight" in str(error) else "resident"
+        yield Problem(f"plan.schedule.{bound}" if getattr(config, bound) else path, str(error))
         return
     if schedule.microbatches != count:
         message = f"the lists of {config.file} are for {schedule.microbatches} microbatches"
@@ -114,12 +144,7 @@ def _schedule(run: RunConfig, plan: Plan) -> Iterator[Problem]:
 
 def executable(plan: Plan) -> list[Problem]:
     """What this version plans, shows and costs but does not run yet; paths start with ``plan``."""
-    grid, found = plan.decoder.grid, list[Problem]()
-    if tuple(grid.ranks) != tuple(range(plan.world)):
-        message = (
-            f"{len(grid.ranks)} of the {plan.world} ranks, or another order, can be planned, but not run"
-        )
-        found.append(Problem("plan.decoder.ranks", f"{message} by this version; set all"))
+    found: list[Problem] = []
     if plan.decoder.plane.size > 1 and "vocab" not in plan.decoder.plane.shard:
         message = "a vocabulary that every rank of a plane holds can be planned, but not run by this version"
         found.append(Problem("plan.decoder.shard.vocab", f"{message}; remove it"))

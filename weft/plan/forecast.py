@@ -48,7 +48,7 @@ class Forecast:
     def words(self) -> str:
         """``1f1b, 4 stages, 8 microbatches``."""
         stages, parts = len(self.cut.pieces), self.schedule.microbatches
-        on = f" on {self.schedule.graph.ranks} ranks" if stages > self.schedule.graph.ranks > 1 else ""
+        on = f" on {self.schedule.graph.seats} ranks" if stages > self.schedule.graph.seats > 1 else ""
         return f"{self.name}, {_count(stages, 'stage')}{on}, {_count(parts, 'microbatch')}"
 
 
@@ -71,8 +71,8 @@ def forecast(run: RunConfig, plan: Plan) -> Forecast:
     ranks = len(plan.decoder.grid.ranks) // plan.decoder.grid.size("pp")
     tokens = plan.together(run.train) * run.data.seq_length / ranks
     line = simulate(schedule, lambda action: tokens * made.cost(action))
-    virtual = len(made.pieces) // schedule.graph.ranks
-    even = bubble_formula(config.kind, schedule.graph.ranks, virtual, parts)
+    virtual = len(made.pieces) // schedule.graph.seats
+    even = bubble_formula(config.kind, schedule.graph.seats, virtual, parts)
     return Forecast(config.file or config.kind, made, schedule, proof, line, even)
 
 
@@ -146,7 +146,7 @@ def _besides(model: HybridConfig, piece: Piece) -> str:
 
 def _rank_rows(told: Forecast) -> list[Row]:
     graph, busy = told.schedule.graph, told.timeline.busy_shares
-    ranks = range(graph.ranks)
+    ranks = range(graph.seats)
     shown: list[int | None] = list(ranks)
     if len(ranks) > _RANKS:
         shown = [*ranks[: _RANKS - 2], None, ranks[-1]]

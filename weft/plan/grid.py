@@ -82,3 +82,33 @@ class Grid:
         """All groups along these axes, by their first rank's place."""
         starts = (rank for rank in self.ranks if all(self.coordinates(rank).get(a, 0) == 0 for a in axes))
         return [self.group(rank, *axes) for rank in starts]
+
+
+def parse_ranks(text: str, world: int) -> tuple[int, ...]:
+    """``all``, ``0-7`` or ``0-3,8-11`` as ranks.
+
+    Raises:
+        ValueError: not of that form, or ranks named twice or beyond the world.
+    """
+    if text == "all":
+        return tuple(range(world))
+    ranks: list[int] = []
+    for word in text.split(","):
+        first, dash, last = word.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"{text!r} is not of the form all, 0-7 or 0-3,8-11")
+        start, stop = int(first), int(last or first) + 1
+        if stop > world:
+            raise ValueError(
+                f"{text!r} names rank {stop - 1}, but there are {world} ranks (0 to {world - 1}); "
+                "name fewer or start more"
+            )
+        ranks.extend(range(start, stop))
+    if not ranks or len(set(ranks)) < len(ranks):
+        raise ValueError(f"{text!r} names no rank, or one twice; name each once, the lower end first")
+    return tuple(ranks)
+
+
+def divisors(count: int) -> list[int]:
+    """Numbers that divide ``count``, ascending."""
+    return [n for n in range(1, count + 1) if count % n == 0]

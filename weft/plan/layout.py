@@ -5,10 +5,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from weft.config.errors import ConfigError, Problem
-from weft.plan.grid import Grid
+from weft.plan.grid import Grid, divisors, parse_ranks
+from weft.plan.homes import homes
 from weft.plan.shard import SHARD, Held, Plane, expert_boxes, held, share
-from weft.plan.stages import CONTEXT, Cut, cut
-from weft.plan.step import homes
+from weft.plan.stages import CONTEXT, Cut, cut, even, run_of
 from weft.spec.count import mean_context
 from weft.spec.hybrid import HybridConfig
 from weft.spec.layout import (
@@ -146,6 +146,12 @@ class Plan:
         """The plan of a rank's pipeline rank."""
         return self.at(self.position(rank))
 
+    @property
+    def level(self) -> int:
+        """Of the store; 0 where nobody shares a copy of what it holds."""
+        plans = (self, *self.of_stages)
+        return self.decoder.store.level if any(max(p.decoder.cuts, p.experts.cuts) > 1 for p in plans) else 0
+
     def position(self, rank: int) -> int:
         """Pipeline rank of a rank."""
         return self.decoder.grid.index(rank, "pp")
@@ -215,31 +221,6 @@ def of_experts(spec: ParamSpec) -> bool:
     return any(part.axis == "expert_mlp" for dim in spec.dims for part in dim)
 
 
-def parse_ranks(text: str, world: int) -> tuple[int, ...]:
-    """``all``, ``0-7`` or ``0-3,8-11`` as ranks.
-
-    Raises:
-        ValueError: not of that form, or ranks named twice or beyond the world.
-    """
-    if text == "all":
-        return tuple(range(world))
-    ranks: list[int] = []
-    for word in text.split(","):
-        first, dash, last = word.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"{text!r} is not of the form all, 0-7 or 0-3,8-11")
-        start, stop = int(first), int(last or first) + 1
-        if stop > world:
-            raise ValueError(
-                f"{text!r} names rank {stop - 1}, but there are {world} ranks (0 to {world - 1}); "
-                "name fewer or start more"
-            )
-        ranks.extend(range(start, stop))
-    if not ranks or len(set(ranks)) < len(ranks):
-        raise ValueError(f"{text!r} names no rank, or one twice; name each once, the lower end first")
-    return tuple(ranks)
-
-
 def plan_of(
     config: PlanConfig, world: int, model: HybridConfig | None = None, context: float = CONTEXT
 ) -> Plan:
@@ -262,6 +243,30 @@ def plan_of(
         raise ConfigError(problem.under("plan") for problem in dict.fromkeys(problems))
     plans = [replace(plan, cut=cut) for plan in plans]
     return replace(plans[0], of_stages=tuple(plans) if len(plans) > 1 else ())
+
+
+def plan_of_encoder(config: LayoutConfig, world: int, layers: int) -> Plan:
+    """The plan of an encoder with so many layers, cut evenly into stages, one for each pipeline rank.
+
+    Raises:
+        ConfigError: sizes that do not fill the ranks, or that encoders do not have; every problem at once.
+    """
+    problems = list(_not_of_encoders(config))
+    if config.pp > layers:
+        problems.append(Problem("pp", f"{config.pp} pipeline ranks, but the encoder has {layers} layers"))
+    plan = _grids(PlanConfig(decoder=config), world, found := list[Problem]())
+    problems += [Problem(problem.path.removeprefix("decoder."), problem.message) for problem in found]
+    if problems or plan is None:
+        raise ConfigError(problems)
+    counts = even([1.0] * layers, [0.0] * config.pp)
+    return replace(plan, cut=run_of(counts, tuple(range(config.pp))))
+
+
+def _not_of_encoders(config: LayoutConfig) -> Iterator[Problem]:
+    """What only a decoder's layout may say."""
+    for name, usual in (("tp_embed", 1), ("tp_of_stages", ()), ("attend", "auto"), ("scan", "auto")):
+        if (value := getattr(config, name)) != usual:
+            yield Problem(name, f"{value}, but only the decoder has this; remove it")
 
 
 def plan_of_run(run: RunConfig, world: int) -> Plan:
@@ -367,11 +372,6 @@ def _wrong_store(config: LayoutConfig, dp: int) -> Iterator[Problem]:
             "store.shards",
             f"{store.shards} does not divide {axes} = {over}; it can be {fitting}, or 0 for all",
         )
-
-
-def divisors(count: int) -> list[int]:
-    """Numbers that divide ``count``, ascending."""
-    return [n for n in range(1, count + 1) if count % n == 0]
 
 
 def _experts(config: ExpertsConfig, decoder: Decoder, problems: list[Problem]) -> Experts | None:

@@ -28,15 +28,19 @@ def perfetto(timelines: Mapping[str, Timeline]) -> dict[str, list[Event]]:
 
 
 def _events(line: Timeline) -> Iterator[Event]:
-    sent: set[Action] = {span.action for span in line.spans if span.stream == "send"}
+    senders: dict[Action, int] = {}  # the first rank of each transfer; arrows go to those that only receive
+    for span in line.spans:
+        if span.stream == "send":
+            senders[span.action] = min(span.rank, senders.get(span.action, span.rank))
+    came = {span.action for span in line.spans if span.stream == "receive"}
     for track, (name, spans) in enumerate(_tracks(line)):
         yield {"ph": "M", "name": "thread_name", "tid": track, "args": {"name": name}}
         yield {"ph": "M", "name": "thread_sort_index", "tid": track, "args": {"sort_index": track}}
-        for _, stream, action, start, end in spans:
+        for rank, stream, action, start, end in spans:
             at = {"name": str(action), "tid": track, "ts": start * _MICRO}
             facts = {"unit": action.unit, "microbatch": action.microbatch}
             yield {**at, "ph": "X", "cat": action.op, "dur": (end - start) * _MICRO, "args": facts}
-            if action.op == "POST" and action in sent:
+            if action in came and (stream == "receive" or senders.get(action) == rank):
                 arrow = {"ph": "s"} if stream == "send" else {"ph": "f", "bp": "e"}
                 yield {**at, **arrow, "cat": "transfer", "id": str(action)}
     for rank, levels in line.live().items():

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Callable, Iterator
 
-from weft.plan.grid import Grid
-from weft.plan.layout import Plan, divisors
+from weft.plan.grid import Grid, divisors
+from weft.plan.layout import Plan
 from weft.plan.show import axes_words
 
 _GAP, _MARGIN, _HEAD = 0.3, 24, 40  # between planes (in squares); around and above each grid (in pixels)

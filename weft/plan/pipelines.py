@@ -11,18 +11,17 @@ Everything else (transfers, gathers, reductions, offload) is placed around these
 
 import heapq
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain, zip_longest
 from typing import Literal, NamedTuple, get_args
 
 from weft.config.errors import ConfigError, Problem
-from weft.plan.schedule import Action, Graph, Lists, Op, action
+from weft.plan.schedule import Action, Cost, Graph, Lists, Op, action
 
 Kind = Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv"]
 KINDS: tuple[str, ...] = get_args(Kind)
 SPLIT = ("zero_bubble", "zbv")
 """Kinds that count on gradients being sent right after B, also where W follows directly."""
-Cost = Callable[[Action], float]
 
 
 class _Word(NamedTuple):
@@ -148,7 +147,7 @@ class _Run:
         self._left = [deque(actions) for actions in lists]
         self._cost = cost
         self._index = {stage: index for index, stage in enumerate(graph.home)}
-        self._home = list(graph.home.values())
+        self._home = [seats[0] for seats in graph.home.values()]
         count = 1 + max(done.microbatch for actions in lists for done in actions)
         stages = range(len(self._home))
         # When each is over. The first F needs nothing; the last B needs only its F.
@@ -263,18 +262,25 @@ def parse_lists(text: str, where: str) -> Lists:
 def graph_of(lists: Sequence[Sequence[Action]]) -> Graph:
     """The chain of stages of these lists: a stage is where its forward passes are.
 
+    Where lists name stages of encoders they are those of seats: the pipeline ranks are then the sets of seats
+    that have the same stages of the decoder, counted by their lowest seats, and encoders are left out.
+
     Raises:
         ValueError: a stage on two ranks, a rank without stages, or names that are not 0, 1, ...
     """
-    home: dict[str, int] = {}
+    home: dict[str, tuple[int, ...]] = {}
+    seats = names_encoders(lists)
     for rank, actions in enumerate(lists):
-        for stage in dict.fromkeys(done.unit for done in actions if done.op == "F"):
-            if home.setdefault(stage, rank) != rank:
+        stages = dict.fromkeys(done.unit for done in actions if done.op == "F")
+        for stage in filter(str.isdecimal, stages) if seats else stages:
+            home[stage] = (*home.get(stage, ()), rank)
+            if len(home[stage]) > 1 and not seats:
+                first, second = home[stage]
                 raise ValueError(
-                    f"stage {stage} has forward passes on pipeline ranks {home[stage]} and {rank}; "
+                    f"stage {stage} has forward passes on pipeline ranks {first} and {second}; "
                     "put all of them on one"
                 )
-        if rank not in home.values():
+        if not stages:
             raise ValueError(f"pipeline rank {rank} has no F; give it at least one stage")
     missing = [str(stage) for stage in range(len(home)) if str(stage) not in home]
     if missing:
@@ -282,4 +288,11 @@ def graph_of(lists: Sequence[Sequence[Action]]) -> Graph:
             f"stages are {', '.join(home)}: name them 0 to {len(home) - 1} in the order of the model "
             f"({missing[0]} has no F)"
         )
-    return Graph.chain(home[str(stage)] for stage in range(len(home)))
+    ranks = sorted(set(home.values()))
+    return Graph.chain(ranks.index(home[str(stage)]) for stage in range(len(home)))
+
+
+def names_encoders(lists: Sequence[Sequence[Action]]) -> bool:
+    """Whether these are lists of seats that have stages of encoders (``vision_0``) beside the decoder's."""
+    stages = {done.unit for actions in lists for done in actions if done.op == "F"}
+    return any("_" in stage for stage in stages)

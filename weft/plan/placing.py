@@ -1,53 +1,26 @@
 """Puts into lists of F, B and W what they need: transfers, gathers, reductions, offload.
 
-Between two computations everything stands in this order (``_ORDER``): first what follows from the earlier
-one, launches before waits; then launches for a later one; last the waits of the next one.
+Between two computations everything stands in this order (``order.ORDER``): first what follows from the
+earlier one, launches before waits; then launches for a later one; last the waits of the next one.
 
-- A result is sent right after it is made. The sender waits for a transfer only where it can know that it is
-  over: after a computation that needs, by way of other ranks, what the receiver made of it. So senders never
-  block, and a list is free of deadlock as soon as its F, B and W are.
-- The receiver launches ``lookahead`` computations early and waits right before the use. Launches of a channel
-  have the order of the sender, which is earlier where the uses have another order.
+- A result is sent right after it is made. Who only sends waits for a transfer only where it can know that it
+  is over: after a computation that needs, by way of other seats, what the receivers made of it. So senders
+  never block, and a list is free of deadlock as soon as its F, B and W are. Only a frozen stage that may not
+  run ahead any further waits until its readers are there.
+- Who only receives launches ``lookahead`` computations early and waits right before the use. Launches of a
+  channel have the order of the sender, which is earlier where the uses have another order; and they come
+  before the first use of any receiver, as a transfer is over only when all have launched it.
+- Who does both launches right after its own result, and waits right before the use.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from math import lcm
 
-from weft.plan.schedule import COMPUTE, Action, Edge, Graph, Lists, Schedule
-
-_ORDER = ("send", "sent", "OUT", "FREE", "REDUCE", "receive", "GATHER", "IN", "received", "STEP")
-
-
-class _List:
-    """A rank's computations in blocks between which other actions are put; a B with its W is one block.
-
-    Attributes:
-        blocks: an F, B or W, or a B and its W.
-        index: block of each computation.
-    """
-
-    def __init__(self, actions: Iterable[Action], apart: Container[str] = ()) -> None:
-        """``apart``: stages whose B is a block of its own."""
-        self.blocks: list[tuple[Action, ...]] = []
-        for done in actions:
-            whole = done._replace(op="B") if done.op == "W" and done.unit not in apart else None
-            if self.blocks and self.blocks[-1] == (whole,):
-                self.blocks[-1] = (*self.blocks[-1], done)
-            else:
-                self.blocks.append((done,))
-        self.index = {done: index for index, block in enumerate(self.blocks) for done in block}
-        self._between: list[list[tuple[int, Action]]] = [[] for _ in range(len(self.blocks) + 1)]
-
-    def put(self, gap: int, order: str, done: Action) -> None:
-        """Before the block of this index, or after all; in the order of calls among its like."""
-        self._between[gap].append((_ORDER.index(order), done))
-
-    def merged(self) -> Iterator[Action]:
-        """Everything, in order."""
-        for index, others in enumerate(self._between):
-            yield from (done for _, done in sorted(others, key=lambda entry: entry[0]))
-            yield from self.blocks[index] if index < len(self.blocks) else ()
+from weft.plan.order import Blocks, Spot, clocks_of
+from weft.plan.schedule import COMPUTE, Action, Cost, Edge, Graph, Lists, Schedule
 
 
 def complete(
@@ -59,41 +32,47 @@ def complete(
     resident: int = 0,
     lookahead: int = 1,
     split: bool = False,
+    cost: Cost = lambda _: 1.0,
 ) -> Schedule:
-    """A schedule from what each rank computes. Lists that hold anything but F, B and W are taken as they are.
+    """A schedule from what each seat computes. Lists that hold anything but F, B and W are taken as they are.
 
     Args:
-        graph: the stages.
-        lists: of each pipeline rank.
+        graph: the stages. Their microbatches are counted from the lists.
+        lists: of each seat.
         level: of the store.
         gather: "stage" if at level 3 parameters are made whole for a run of uses of a stage.
-        resident: most microbatches of its stages that a rank keeps on the device; 0 if there is no bound.
+        resident: most passes of its stages that a seat keeps on the device; 0 if there is no bound.
         lookahead: computations before its use that a receive or gather is launched.
         split: send the gradient between B and a W that follows it; else the two are one pass.
+        cost: of F, B and W of each stage, in any unit: where several seats receive something, all of them
+            launch it before the first one needs it at these costs.
 
     Raises:
         ValueError: fewer residents than the lists can do with.
     """
-    microbatches = 1 + max((done.microbatch for actions in lists for done in actions), default=0)
+    last = (done.microbatch * graph.size(done.unit) for actions in lists for done in actions)
+    microbatches = 1 + max(last, default=0)
     if any(done.op not in COMPUTE for actions in lists for done in actions):
         return Schedule(graph, microbatches, lists)
-    sends = {edge.target for edge in graph.edges if graph.crosses(edge)} if split else set[str]()
-    made = [_List(actions, sends) for actions in lists]
-    clocks = _clocks(graph, made)
+    sends = {e.target for e in graph.edges if graph.crosses(e) and graph.returns(e)} if split else set[str]()
+    made = [Blocks(actions, sends) for actions in lists]
+    clocks, spots = clocks_of(graph, made, microbatches, cost)
 
-    def sent(sender: int, receiver: int, use: int, _: int) -> int:
-        found = bisect_right(clocks[sender], use, key=lambda clock: clock[receiver])
-        return found + 1 if found < len(clocks[sender]) else len(made[sender].blocks)
+    def sent(seat: int, stage: str, index: int, uses: Mapping[int, int]) -> int:
+        known, mine = len(made[seat].blocks), clocks[seat]
+        over = [bisect_right(mine, use, key=lambda clock: clock[at]) for at, use in uses.items()]
+        if uses and max(over) < len(mine):
+            known = max(over) + 1
+        later = Action("F", stage, index + graph.ahead.get(stage, microbatches))
+        return min(known, made[seat].index.get(later, known))
 
-    for edge in filter(graph.crosses, graph.edges):
-        _transfer(graph, made, edge, back=False, lookahead=lookahead, sent=sent)
-        _transfer(graph, made, edge, back=True, lookahead=lookahead, sent=sent)
-    for rank, each in enumerate(made):
-        if gather == "stage" and level == 3:
-            _gathers(each, lookahead)
-        _reductions(each, every=gather == "stage" and level >= 2)
+    _Transfers(graph, made, microbatches, lookahead, spots, sent).put()
+    if gather == "stage" and level == 3:
+        _gathers(graph, made, lookahead)
+    _reductions(graph, made, every=gather == "stage" and level >= 2)
+    for seat, each in enumerate(made):
         if resident:
-            _offload(each, resident, rank)
+            _offload(each, resident, seat, graph.frozen)
         each.put(len(each.blocks), "STEP", Action("STEP"))
     return Schedule(graph, microbatches, tuple(tuple(each.merged()) for each in made))
 
@@ -103,154 +82,213 @@ def forward_only(
 ) -> Schedule:
     """A schedule without B, W, REDUCE and STEP, for evaluation; no stage may need one that comes later.
 
-    A rank takes its stages in turn, a round of as many microbatches as there are ranks each. A sender waits
-    for the transfers of a round two rounds later, so that it holds few of them; what the receiver does until
-    then needs nothing that the sender does after.
+    A seat takes its stages in turn, a round of at least as many microbatches as there are seats each, in
+    whole groups. Who only sends waits for the transfers of a round two rounds later, so that it holds few of
+    them; what the receivers do until then needs nothing that the sender does after.
     """
-    ranks = graph.ranks
-    rounds = [range(start, min(start + ranks, microbatches)) for start in range(0, microbatches, ranks)]
-    orders = [
-        [(stage, i) for each in rounds for stage in graph.at(rank) for i in each] for rank in range(ranks)
+    group = lcm(*map(graph.size, graph.home))
+    length = -(-graph.seats // group) * group
+    turns = [
+        Action("F", stage, i)
+        for start in range(0, microbatches, length)
+        for stage in graph.home
+        for i in range(start // graph.size(stage), graph.passes(stage, min(start + length, microbatches)))
     ]
-    made = [_List(Action("F", *which) for which in order) for order in orders]
+    made = [Blocks(a for a in turns if seat in graph.home[a.unit]) for seat in range(graph.seats)]
+    place = {done: at for at, done in enumerate(turns)}
+    spots = [[(place[block[0]], place[block[0]] + 1.0) for block in each.blocks] for each in made]
 
-    def sent(sender: int, _: int, __: int, microbatch: int) -> int:
-        later = microbatch // ranks + 2
-        return bisect_left(made[sender].blocks, later, key=lambda block: block[0].microbatch // ranks)
+    def turn(block: Sequence[Action]) -> int:
+        return block[0].microbatch * graph.size(block[0].unit) // length
 
-    for edge in filter(graph.crosses, graph.edges):
-        _transfer(graph, made, edge, back=False, lookahead=lookahead, sent=sent)
-    for each in made:
-        if gather == "stage" and level == 3:
-            _gathers(each, lookahead)
+    def sent(seat: int, stage: str, index: int, _: Mapping[int, int]) -> int:
+        return bisect_left(made[seat].blocks, index * graph.size(stage) // length + 2, key=turn)
+
+    _Transfers(graph, made, microbatches, lookahead, spots, sent).put()
+    if gather == "stage" and level == 3:
+        _gathers(graph, made, lookahead)
     return Schedule(graph, microbatches, tuple(tuple(each.merged()) for each in made))
 
 
-def _clocks(graph: Graph, made: Sequence[_List]) -> list[list[list[int]]]:
-    """For each rank and block: how many blocks of each rank are over once this one is (vector clocks).
+@dataclass(frozen=True)
+class _Transfers:
+    """POST and WAIT of all edges.
 
-    A rank's clocks end where the lists run into a deadlock.
+    Attributes:
+        graph, made, microbatches, lookahead: as given.
+        spots: when each seat's blocks begin and end.
+        sent: the gap of the WAIT of a seat that only sends, from the seat, the stage and pass that made it,
+            and the blocks of the seats that use what was sent.
     """
-    needs: dict[tuple[str, str], list[Action]] = {}
-    for source, target in graph.edges:
-        needs.setdefault(("F", target), []).append(Action("F", source))
-        needs.setdefault(("B", source), []).append(Action("B", target))
-    clocks: list[list[list[int]]] = [[] for _ in made]
 
-    def clock(rank: int) -> list[int] | None:
-        here = clocks[rank]
-        now = list(here[-1]) if here else [0] * len(made)
-        for done in made[rank].blocks[len(here)]:
-            for need in needs.get((done.op, done.unit), ()):
-                other = graph.home[need.unit]
-                index = made[other].index.get(need._replace(microbatch=done.microbatch), -1)
-                if index >= len(clocks[other]):
-                    return None
-                now = [*map(max, now, clocks[other][index])] if index >= 0 else now
-        now[rank] = len(here) + 1
-        return now
+    graph: Graph
+    made: Sequence[Blocks]
+    microbatches: int
+    lookahead: int
+    spots: Sequence[Sequence[Spot]]
+    sent: Callable[[int, str, int, Mapping[int, int]], int]
 
-    going = True
-    while going:
-        going = False
-        for rank, each in enumerate(made):
-            while len(clocks[rank]) < len(each.blocks) and (now := clock(rank)) is not None:
-                clocks[rank].append(now)
-                going = True
-    return clocks
+    def put(self) -> None:
+        """Of every edge over which something is sent, in both directions."""
+        for edge in filter(self.graph.crosses, self.graph.edges):
+            self._edge(edge, back=False)
+            if self.graph.returns(edge):
+                self._edge(edge, back=True)
+
+    def _edge(self, edge: Edge, *, back: bool) -> None:
+        source, target = (edge.target, edge.source) if back else edge
+        makers = {seat: self._blocks(seat, edge, source, back) for seat in self.graph.home[source]}
+        users = {seat: self._blocks(seat, edge, target, back) for seat in self.graph.home[target]}
+        for seat, blocks in makers.items():
+            self._send(seat, blocks, users, (edge, back))
+        order = list(next(iter(makers.values())))
+        for seat, blocks in users.items():
+            for part, use in blocks.items():
+                self.made[seat].put(use, "received", _post(edge, part, back)._replace(op="WAIT"))
+            if seat not in makers:
+                parts = [*(i for i in order if i in blocks), *(i for i in blocks if i not in order)]
+                self._receive(seat, parts, users, (edge, back))
+
+    def _blocks(self, seat: int, edge: Edge, stage: str, back: bool) -> dict[int, int]:
+        """Of each transfer, the block that makes or uses it, in the order of the list."""
+        graph, found = self.graph, self.made[seat].index.items()
+        passes = (
+            (done, at) for done, at in found if done.unit == stage and done.op == ("B" if back else "F")
+        )
+        return {
+            part: at
+            for done, at in passes
+            for part in graph.parts(edge, stage, done.microbatch, self.microbatches)
+        }
+
+    def _send(
+        self,
+        seat: int,
+        blocks: Mapping[int, int],
+        users: Mapping[int, Mapping[int, int]],
+        way: tuple[Edge, bool],
+    ) -> None:
+        edge, back = way
+        source = edge.target if back else edge.source
+        each, own = self.made[seat], users.get(seat, {})
+        for part, index in blocks.items():
+            post = _post(edge, part, back)
+            each.put(index + 1, "send", post)
+            if seat not in users:
+                uses = {other: found[part] for other, found in users.items() if part in found}
+                gap = self.sent(seat, source, self.graph.part(edge, source, part), uses)
+                order = "sent" if gap < len(each.blocks) else "over"
+                each.put(gap, order, post._replace(op="WAIT"))
+            elif part not in own:
+                each.put(len(each.blocks), "over", post._replace(op="WAIT"))
+
+    def _receive(
+        self,
+        seat: int,
+        parts: Sequence[int],
+        users: Mapping[int, Mapping[int, int]],
+        way: tuple[Edge, bool],
+    ) -> None:
+        """Launches of a seat that only receives, late but in order."""
+        edge, back = way
+        each, uses, target = self.made[seat], users[seat], edge.source if back else edge.target
+        gap, launches = len(each.blocks), list[tuple[int, int]]()
+        for part in reversed(parts):
+            forward = Action("F", target, self.graph.part(edge, target, part))
+            after = each.index.get(forward, -1) + 1 if back else 0
+            gap = min(gap, max(after, uses[part] - self.lookahead, 0), self._before(seat, part, users))
+            launches.append((gap, part))
+        for gap, part in reversed(launches):
+            each.put(gap, "receive", _post(edge, part, back))
+
+    def _before(self, seat: int, part: int, users: Mapping[int, Mapping[int, int]]) -> int:
+        """Blocks of a seat that are over before the first use of a transfer anywhere begins."""
+        first = [
+            self.spots[other][found[part]][0]
+            for other, found in users.items()
+            if part in found and found[part] < len(self.spots[other])
+        ]
+        if not first:
+            return len(self.made[seat].blocks)
+        return bisect_right(self.spots[seat], min(first), key=lambda spot: spot[1])
 
 
-def _transfer(
-    graph: Graph,
-    made: Sequence[_List],
-    edge: Edge,
-    *,
-    back: bool,
-    lookahead: int,
-    sent: Callable[[int, int, int, int], int],
-) -> None:
-    """POST and WAIT of both ends of an edge in one direction.
+def _post(edge: Edge, part: int, back: bool) -> Action:
+    return Action("POST", edge.source, part, edge.target, back)
 
-    ``sent`` gives the gap of the sender's WAIT from the ranks of sender and receiver, the block that uses
-    what was sent, and the microbatch.
+
+def _gathers(graph: Graph, made: Sequence[Blocks], lookahead: int) -> None:
+    """GATHER before and FREE after each run of uses of a stage; whole over a pause that is too short.
+
+    Seats of a joined stage pause together, and gather right before the use that they have together.
     """
-    op = "B" if back else "F"
-    source, target = (edge.target, edge.source) if back else edge
-    sender, receiver = graph.home[source], graph.home[target]
-
-    def blocks(rank: int, unit: str) -> dict[int, int]:
-        found = made[rank].index.items()
-        return {done.microbatch: index for done, index in found if (done.op, done.unit) == (op, unit)}
-
-    results, uses = blocks(sender, source), blocks(receiver, target)
-
-    def post(microbatch: int) -> Action:
-        return Action("POST", edge.source, microbatch, edge.target, back)
-
-    for microbatch, index in results.items():
-        made[sender].put(index + 1, "send", post(microbatch))
-        use = uses.get(microbatch, len(made[receiver].blocks))
-        gap = sent(sender, receiver, use, microbatch)
-        made[sender].put(gap, "sent", post(microbatch)._replace(op="WAIT"))
-    gap, launches = len(made[receiver].blocks), list[tuple[int, int]]()
-    for microbatch in reversed([*(i for i in results if i in uses), *(i for i in uses if i not in results)]):
-        forward = made[receiver].index.get(Action("F", target, microbatch), -1) if back else -1
-        gap = min(gap, max(forward + 1, uses[microbatch] - lookahead, 0))
-        launches.append((gap, microbatch))
-    for gap, microbatch in reversed(launches):
-        made[receiver].put(gap, "receive", post(microbatch))
-        made[receiver].put(uses[microbatch], "received", post(microbatch)._replace(op="WAIT"))
+    turns = [[index for index, block in enumerate(each.blocks) if block[0].op != "W"] for each in made]
+    for stage, seats in graph.home.items():
+        for group in [seats] if stage in graph.joined else [(seat,) for seat in seats]:
+            ahead = lookahead if len(group) == 1 else 0
+            own = {
+                seat: [(i, at) for i, at in enumerate(turns[seat]) if made[seat].blocks[at][0].unit == stage]
+                for seat in group
+            }
+            pauses = zip(*(pairwise(uses) for uses in own.values()), strict=False)
+            long = [all(j > i + 1 and use - ahead > at + 1 for (i, at), (j, use) in each) for each in pauses]
+            for seat, uses in own.items():
+                _whole(made[seat], stage, [at for _, at in uses], long, ahead)
 
 
-def _gathers(each: _List, lookahead: int) -> None:
-    """GATHER before and FREE after each run of uses of a stage; whole over a pause that is too short."""
-    uses = [index for index, block in enumerate(each.blocks) if block[0].op != "W"]
-    turns: dict[str, list[tuple[int, int]]] = {}
-    for turn, index in enumerate(uses):
-        turns.setdefault(each.blocks[index][0].unit, []).append((turn, index))
-    for stage, own in turns.items():
-        each.put(max(0, own[0][1] - lookahead), "GATHER", Action("GATHER", stage))
-        for (turn, index), (later, use) in pairwise(own):
-            if later > turn + 1 and use - lookahead > index + 1:
-                each.put(index + 1, "FREE", Action("FREE", stage))
-                each.put(use - lookahead, "GATHER", Action("GATHER", stage))
-        each.put(own[-1][1] + 1, "FREE", Action("FREE", stage))
+def _whole(each: Blocks, stage: str, uses: Sequence[int], long: Sequence[bool], ahead: int) -> None:
+    """GATHER and FREE around the uses of a stage; ``long``: of each pause, whether it is worth it."""
+    if not uses:
+        return
+    each.put(max(0, uses[0] - ahead), "GATHER", Action("GATHER", stage))
+    for (before, after), worth in zip(pairwise(uses), long, strict=False):
+        if worth:
+            each.put(before + 1, "FREE", Action("FREE", stage))
+            each.put(after - ahead, "GATHER", Action("GATHER", stage))
+    each.put(uses[-1] + 1, "FREE", Action("FREE", stage))
 
 
-def _reductions(each: _List, *, every: bool) -> None:
-    """REDUCE after every W, or after the last one of each stage."""
-    last: dict[tuple[str, int], int] = {}
-    for done, index in each.index.items():
-        if done.op == "W":
-            last[done.unit, done.microbatch if every else -1] = index
-    for (stage, _), index in last.items():
-        each.put(index + 1, "REDUCE", Action("REDUCE", stage))
+def _reductions(graph: Graph, made: Sequence[Blocks], *, every: bool) -> None:
+    """REDUCE after every W, or after the last one of each stage.
+
+    Of a stage that runs by itself on several seats they come at the end, where these are in one order.
+    """
+    for stage, seats in graph.home.items():
+        alone = len(seats) > 1 and stage not in graph.joined
+        for seat in seats:
+            each, last = made[seat], dict[int, int]()
+            for done, index in each.index.items():
+                if done[:2] == ("W", stage):
+                    last[done.microbatch if every and not alone else -1] = index
+            for index in last.values():
+                gap, order = (len(each.blocks), "sum") if alone else (index + 1, "REDUCE")
+                each.put(gap, order, Action("REDUCE", stage))
 
 
-def _least(each: _List) -> int:
+def _least(each: Blocks, frozen: Container[str]) -> int:
     """Microbatches that are on the device at once whatever goes out: those between B and W cannot."""
     least = waiting = 0
     for block in each.blocks:
-        least = max(least, waiting + (block[0].op != "W"))
+        least = max(least, waiting + (block[0].op != "W" and block[0].unit not in frozen))
         waiting += (block[-1].op == "B") - (block[0].op == "W")
     return least
 
 
-def _offload(each: _List, resident: int, rank: int) -> None:
+def _offload(each: Blocks, resident: int, rank: int, frozen: Container[str]) -> None:
     """OUT right after F and IN before B, for as few microbatches as the bound needs.
 
     Where a computation finds no room, what is needed last goes out (nothing else needs fewer).
     """
-    if resident < (least := _least(each)):
+    if resident < (least := _least(each, frozen)):
         raise ValueError(
-            f"pipeline rank {rank} needs {least} microbatches on the device at once, as none goes out "
+            f"rank {rank} needs {least} microbatches on the device at once, as none goes out "
             f"between B and W, but only {resident} may stay there; set the bound to at least {least}"
         )
     end = len(each.blocks)
     spans = {
         done: [each.index.get(Action(op, *done[1:]), end) for op in COMPUTE]
         for done in each.index
-        if done.op == "F"
+        if done.op == "F" and done.unit not in frozen
     }
     out, live = set[Action](), set[Action]()
     for index, block in enumerate(each.blocks):

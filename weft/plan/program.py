@@ -1,4 +1,4 @@
-"""What the list of one pipeline rank must have and in which order: the rules of ``prove`` for one list.
+"""What the list of one seat must have and in which order: the rules of ``prove`` for one list.
 
 What must be there comes as chains: runs of actions, each of which needs the one before it. ``F(1,3)`` of a
 stage that reads from another rank stands in ``POST(0>1,3) WAIT(0>1,3) F(1,3)`` and in ``F(1,3) B(1,3)
@@ -12,7 +12,9 @@ from typing import Literal, NamedTuple
 
 from weft.plan.schedule import COMPUTE, Action, Edge, Graph, Schedule
 
-Rule = Literal["graph", "unknown", "missing", "twice", "order", "store", "channel", "deadlock", "memory"]
+Rule = Literal[
+    "graph", "unknown", "missing", "twice", "order", "store", "channel", "meeting", "deadlock", "memory"
+]
 SHOWN = 8  # of a long list of faults or names, those in a message
 _STORE = ("GATHER", "FREE", "REDUCE")
 _FOREIGN = "is not an action of a list"
@@ -37,7 +39,7 @@ class Fault(NamedTuple):
 
     Attributes:
         rule: which.
-        rank: pipeline rank of the list; -1 for the graph.
+        rank: seat of the list; -1 for the graph.
         at: place in the list, from 0; -1 for what is not there.
         message: names the rank, the action, what is missing or in conflict, and the fix where there is one.
     """
@@ -50,19 +52,20 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True)
 class Listed:
-    """Actions of a pipeline rank, and the first place of each."""
+    """Actions of a seat, the first place of each, and all its places."""
 
     rank: int
     actions: tuple[Action, ...]
     place: Mapping[Action, int]
+    places: Mapping[Action, list[int]]
 
     @classmethod
     def of(cls, rank: int, actions: tuple[Action, ...]) -> "Listed":
         """From its list."""
-        place: dict[Action, int] = {}
+        places: dict[Action, list[int]] = {}
         for at, made in enumerate(actions):
-            place.setdefault(made, at)
-        return cls(rank, actions, place)
+            places.setdefault(made, []).append(at)
+        return cls(rank, actions, {made: found[0] for made, found in places.items()}, places)
 
     def fault(self, rule: Rule, at: int, message: str) -> Fault:
         """One at a place of this list."""
@@ -73,16 +76,12 @@ class Listed:
         return f"{self.actions[at]} (at {at})"
 
 
-def peer(graph: Graph, rank: int, edge: Edge) -> int:
-    """The rank at the other end of an edge; -1 where this one is at neither end, or at both."""
-    ends = (graph.home[edge.source], graph.home[edge.target])
-    return ends[ends[0] == rank] if rank in ends and graph.crosses(edge) else -1
-
-
 def program(schedule: Schedule, lists: Sequence[Listed], rank: int, training: bool) -> Iterator[Fault]:
     """What is missing in the list of a rank, what should not be there, what stands too late."""
     listed = lists[rank]
-    known = {Action(op, stage) for op in _STORE for stage in schedule.graph.at(rank)}
+    graph = schedule.graph
+    known = {Action(op, stage) for op in _STORE for stage in graph.at(rank)}
+    known -= {Action("REDUCE", stage) for stage in graph.frozen}
     missing: dict[Action, list[tuple[int, int]]] = {}  # to the places around it, of each of its chains
     late: dict[Action, Action] = {}  # to the first that should come after it
     for chain in _chains(schedule, listed) if training else _forward(schedule, listed):
@@ -96,7 +95,7 @@ def program(schedule: Schedule, lists: Sequence[Listed], rank: int, training: bo
             if listed.place[first] > at and (first not in late or at < listed.place[late[first]]):
                 late[first] = then
     for made, around in missing.items():
-        yield listed.fault("missing", -1, _absent(schedule.graph, lists, listed, made, around))
+        yield listed.fault("missing", -1, _absent(graph, lists, listed, made, around))
     for first, then in late.items():
         yield _late(listed, first, then)
     yield from _strangers(schedule, listed, known | {Action("STEP")} if training else known)
@@ -109,28 +108,38 @@ def _chains(schedule: Schedule, listed: Listed) -> Iterator[tuple[Action, ...]]:
     """What must be in a list, as runs of actions in the order in which they must stand."""
     graph = schedule.graph
     for stage in graph.at(listed.rank):
-        inside = [edge for edge in graph.edges if edge.target == stage and not graph.crosses(edge)]
-        reads = [edge for edge in graph.edges if edge.target == stage and graph.crosses(edge)]
-        gives = [edge for edge in graph.edges if edge.source == stage and graph.crosses(edge)]
-        for i in range(schedule.microbatches):
+        edges = [edge for edge in graph.edges if stage in edge]
+        for i in range(graph.passes(stage, schedule.microbatches)):
             forward, backward = Action("F", stage, i), Action("B", stage, i)
-            yield forward, backward, Action("W", stage, i)
+            yield (forward,) if stage in graph.frozen else (forward, backward, Action("W", stage, i))
             if i:
                 yield Action("F", stage, i - 1), forward
             out, into = Action("OUT", stage, i), Action("IN", stage, i)
-            if out in listed.place or into in listed.place:
+            if stage not in graph.frozen and (out in listed.place or into in listed.place):
                 yield forward, out, into, backward
-            for source, _ in inside:
-                yield Action("F", source, i), forward
-                yield backward, Action("B", source, i)
-            for source, target in reads:
-                there, back = (source, i, target, False), (source, i, target, True)
-                yield Action("POST", *there), Action("WAIT", *there), forward
-                yield backward, Action("POST", *back), Action("WAIT", *back)
-            for source, target in gives:
-                there, back = (source, i, target, False), (source, i, target, True)
-                yield forward, Action("POST", *there), Action("WAIT", *there)
-                yield Action("POST", *back), Action("WAIT", *back), backward
+            for edge in edges:
+                for part in graph.parts(edge, stage, i, schedule.microbatches):
+                    yield from _over(graph, edge, part, stage, (forward, backward))
+
+
+def _over(
+    graph: Graph, edge: Edge, part: int, stage: str, passes: tuple[Action, Action]
+) -> Iterator[tuple[Action, ...]]:
+    """What a transfer asks of the passes of the stage at one of its ends."""
+    forward, backward = passes
+    reads = stage == edge.target
+    if not graph.crosses(edge):
+        other = graph.part(edge, edge.source, part)
+        if reads:
+            yield Action("F", edge.source, other), forward
+        if reads and graph.returns(edge):
+            yield backward, Action("B", edge.source, other)
+        return
+    there, back = ((edge.source, part, edge.target, way) for way in (False, True))
+    sent, returned = ((Action("POST", *way), Action("WAIT", *way)) for way in (there, back))
+    yield (*sent, forward) if reads else (forward, *sent)
+    if graph.returns(edge):
+        yield (backward, *returned) if reads else (*returned, backward)
 
 
 def _forward(schedule: Schedule, listed: Listed) -> Iterator[tuple[Action, ...]]:
@@ -161,10 +170,10 @@ def _absent(
         words.append(f"{listed.show(after)} starves")
     elif before >= 0:
         words.append(f"what {listed.show(before)} makes leaks")
-    other = peer(graph, listed.rank, missing.edge) if missing.op == "POST" else -1
-    wait = lists[other].place.get(missing._replace(op="WAIT")) if other >= 0 else None
-    if wait is not None:
-        words.append(f"{lists[other].show(wait)} of rank {other} never ends")
+    for other in graph.party(missing.edge) if missing.op == "POST" else ():
+        wait = lists[other].place.get(missing._replace(op="WAIT"))
+        if wait is not None and other != listed.rank:
+            words.append(f"{lists[other].show(wait)} of rank {other} never ends")
     return "; ".join(words) + (f": put it {' and '.join(where)}" if where else "")
 
 
@@ -182,11 +191,20 @@ def _strangers(schedule: Schedule, listed: Listed, known: Set[Action]) -> Iterat
         first = listed.place[made]
         if made not in known:
             why = (_stray if made.target else _misplaced)(schedule.graph, listed.rank, made)
-            if made.microbatch >= schedule.microbatches:
-                why = f"is about a microbatch that does not exist; there are {schedule.microbatches}, from 0"
+            if (count := _count(schedule, made)) <= made.microbatch:
+                what = "microbatch" if count == schedule.microbatches else "group of microbatches"
+                why = f"is about a {what} that does not exist; there are {count}, from 0"
             yield listed.fault("unknown", at, f"{listed.show(at)} {why}")
         elif first != at and made.op not in _STORE:
             yield listed.fault("twice", at, f"{listed.show(at)} is already there at {first}: remove one")
+
+
+def _count(schedule: Schedule, made: Action) -> int:
+    """Passes of a stage, or transfers of an edge."""
+    graph = schedule.graph
+    if made.edge in graph.edges:
+        return graph.transfers(made.edge, schedule.microbatches)
+    return graph.passes(made.unit, schedule.microbatches)
 
 
 def _stray(graph: Graph, rank: int, made: Action) -> str:
@@ -194,18 +212,29 @@ def _stray(graph: Graph, rank: int, made: Action) -> str:
     if made.edge not in graph.edges:
         edges = _some(f"{source}>{target}" for source, target in graph.edges)
         return f"is about an edge that does not exist; there are {edges}"
-    ends = (graph.home[made.unit], graph.home[made.target])
-    if ends[0] == ends[1]:
-        return f"is not needed: both stages are on rank {ends[0]}, which hands over; remove it"
-    return f"belongs in the lists of ranks {ends[0]} and {ends[1]}" if rank not in ends else _FOREIGN
+    if not graph.crosses(made.edge):
+        return (
+            f"is not needed: both stages are on {_ranks(graph.home[made.unit])}, which hands over; remove it"
+        )
+    party = graph.party(made.edge)
+    if rank not in party:
+        return f"belongs in the lists of {_ranks(party)}"
+    return f"is of gradients of {made.unit}, which is frozen: remove it" if made.back else _FOREIGN
 
 
 def _misplaced(graph: Graph, rank: int, made: Action) -> str:
     """What is wrong with another action."""
     if made.unit and made.unit not in graph.home:
         return f"is about a stage that does not exist; there are {_some(graph.home)}"
-    home = graph.home.get(made.unit, rank)
-    return f"belongs in the list of rank {home}" if home != rank else _FOREIGN
+    home = graph.home.get(made.unit, (rank,))
+    if rank not in home:
+        return f"belongs in the list of {_ranks(home)}"
+    return "is of a frozen stage, which has only F: remove it" if made.unit in graph.frozen else _FOREIGN
+
+
+def _ranks(seats: Sequence[int]) -> str:
+    """``rank 1``, ``ranks 0 and 1``."""
+    return f"rank{'s' * (len(seats) > 1)} {' and '.join(map(str, seats))}"
 
 
 def _some(names: Iterable[str]) -> str:

@@ -1,28 +1,29 @@
 """Proves before launch that a schedule does what a step needs, in an order that cannot hang.
 
-1. Program (``program``): each list has every F, B and W of its stages once, POST and WAIT at both ends of
-   every edge between ranks and in both directions, and nothing else; it makes before it uses, and uses all it
+1. Program (``program``): each list has every F, B and W of its stages once, POST and WAIT of every edge over
+   which something is sent, in both directions, and nothing else; it makes before it uses, and uses all it
    makes; OUT comes with IN, GATHER with FREE, REDUCE after the last W of a stage, STEP at the end.
-2. Channels: an edge in one direction is first in, first out, so both ends launch in the same order.
-3. Rendezvous: with every WAIT after the POST of both its ends, the graph of what happens before what has no
-   cycle. The lists are run, which finds an order or the ranks that wait for each other.
-4. Collectives: STEP is one of all ranks, and once and last everywhere. A stage has one pipeline rank, whose
-   members all run the same list, so GATHER and REDUCE come in one order by construction. (For a stage with
-   several homes, the lists of these would have to agree in what they do with it.)
-5. Memory: what forward passes keep at most, and how many transfers are under way at most.
+2. Channels: an edge in one direction is first in, first out, so all its seats launch in the same order.
+3. Meetings: what several seats do together (passes of joined stages, sums of stages with several seats, STEP)
+   they do in one order, and with one choice between whole backward passes and B and W apart.
+4. Rendezvous: with every WAIT after the POST of all seats of its edge, and every meeting when all its seats
+   have come to it, the graph of what happens before what has no cycle. The lists are run, which finds an
+   order or the seats that wait for each other.
+5. Memory: what forward passes keep at most, how many transfers are under way at most, and how many groups of
+   an encoder.
 
 It follows that whatever passes runs to its end, and that each W adds its part once, of inputs that are there.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
-from itertools import accumulate, pairwise, repeat
+from itertools import accumulate, pairwise, repeat, zip_longest
 
 from weft.plan.cycle import Cycle, Place, Stuck, words
-from weft.plan.program import SHOWN, Fault, Listed, peer, program
-from weft.plan.schedule import Action, Graph, Schedule
+from weft.plan.program import SHOWN, Fault, Listed, program
+from weft.plan.schedule import Action, Edge, Graph, Schedule
 
 _KEEP, _DROP = ("F", "IN"), ("W", "OUT")  # a forward pass more that is kept, and one less
 
@@ -33,10 +34,12 @@ class Proof:
 
     Attributes:
         faults: none where the schedule can be run.
-        live: of each pipeline rank, the most (stage, microbatch) whose forward pass is kept at one time: from
-            F to W, but not from OUT to IN.
-        in_flight: of each pipeline rank, the most transfers launched and not waited for at one time.
-        order: (rank, place) of all actions in an order in which they can happen; where ranks wait for each
+        live: of each seat, the most (stage, microbatch) whose forward pass is kept at one time: from F to W,
+            but not from OUT to IN.
+        in_flight: of each seat, the most transfers launched and not waited for at one time.
+        groups: of each encoder (``vision`` of stages ``vision_0``, ``vision_1``), the most groups that a seat
+            has between F and W; if it is frozen, between F and the last that its list has of the outputs.
+        order: (seat, place) of all actions in an order in which they can happen; where ranks wait for each
             other, of those before that.
         cycle: the ranks that wait for each other, if there are any.
     """
@@ -44,6 +47,7 @@ class Proof:
     faults: tuple[Fault, ...]
     live: tuple[int, ...] = ()
     in_flight: tuple[int, ...] = ()
+    groups: Mapping[str, int] = field(default_factory=dict[str, int])
     order: tuple[tuple[int, int], ...] = ()
     cycle: Cycle = ()
 
@@ -60,7 +64,7 @@ def prove(schedule: Schedule, most_live: int = 0, *, training: bool = True) -> P
 
     Args:
         schedule: the lists; of a graph whose stages may have any number of inputs and outputs.
-        most_live: the limit for ``live`` of every pipeline rank; 0 for none.
+        most_live: the limit for ``live`` of every seat; 0 for none.
         training: whether the lists have gradients and a STEP; otherwise F and its transfers only, and nothing
             is kept.
     """
@@ -78,18 +82,20 @@ def prove(schedule: Schedule, most_live: int = 0, *, training: bool = True) -> P
     for listed in lists:
         faults += program(schedule, lists, listed.rank, training)
     faults += _channels(lists)
-    faults += _memory(lists, most_live if training else 0)
-    live = tuple(_peak(actions, _KEEP, _DROP) if training else 0 for actions in schedule.lists)
+    faults += _meetings(graph, lists)
+    kept = [[made for made in actions if made.unit not in graph.frozen] for actions in schedule.lists]
+    faults += _memory(lists, graph, most_live if training else 0)
+    live = tuple(_peak(actions, _KEEP, _DROP) if training else 0 for actions in kept)
     flying = tuple(_peak(actions, ("POST",), ("WAIT",)) for actions in schedule.lists)
-    return Proof(tuple(faults), live, flying, tuple(order), cycle)
+    return Proof(tuple(faults), live, flying, _groups(schedule), tuple(order), cycle)
 
 
 def _graph(schedule: Schedule) -> Iterator[str]:
     """What no list can make good."""
     graph, stages = schedule.graph, set(schedule.graph.home)
-    ranks = sorted(set(graph.home.values()))
-    if ranks != list(range(len(schedule.lists))):
-        yield f"stages are on pipeline ranks {ranks}, but there are {len(schedule.lists)} lists: one for each"
+    seats = sorted({seat for home in graph.home.values() for seat in home})
+    if seats != list(range(len(schedule.lists))):
+        yield f"stages are on ranks {seats}, but there are {len(schedule.lists)} lists: one for each"
     if schedule.microbatches < 1:
         yield f"{schedule.microbatches} microbatches: at least 1"
     sources: dict[str, set[str]] = {stage: set() for stage in stages}
@@ -100,10 +106,23 @@ def _graph(schedule: Schedule) -> Iterator[str]:
             yield f"edge {edge.source}>{edge.target} is there twice: remove one"
         else:
             sources[edge.target].add(edge.source)
+            yield from (f"edge {edge.source}>{edge.target} {words}" for words in _edge(graph, edge))
     try:
         TopologicalSorter(sources).prepare()
     except CycleError as error:
         yield f"edges lead in a circle: {'>'.join(map(str, error.args[1]))}"
+
+
+def _edge(graph: Graph, edge: Edge) -> Iterator[str]:
+    """What is wrong with an edge."""
+    source, target = (graph.home[stage] for stage in edge)
+    if set(source) & set(target) and source != target and edge not in graph.routed:
+        yield f"is between ranks {source} and {target}, which overlap: name it among the routed ones"
+    if max(map(graph.size, edge)) % min(map(graph.size, edge)):
+        sizes = " and ".join(str(graph.size(stage)) for stage in edge)
+        yield f"has passes of {sizes} microbatches at its ends: one must divide the other"
+    if edge.target in graph.frozen and edge.source not in graph.frozen:
+        yield f"brings gradients back from {edge.target}, which is frozen and has none"
 
 
 def _peak(actions: Iterable[Action], more: Sequence[str], less: Sequence[str]) -> int:
@@ -111,18 +130,73 @@ def _peak(actions: Iterable[Action], more: Sequence[str], less: Sequence[str]) -
     return max(accumulate(((made.op in more) - (made.op in less) for made in actions), initial=0))
 
 
-def _memory(lists: Iterable[Listed], most: int) -> Iterator[Fault]:
+def _memory(lists: Iterable[Listed], graph: Graph, most: int) -> Iterator[Fault]:
     """The first action of each list that keeps more than the limit."""
     for listed in lists if most else ():
         live = 0
         for at, made in enumerate(listed.actions):
-            live += (made.op in _KEEP) - (made.op in _DROP)
+            live += (made.op in _KEEP and made.unit not in graph.frozen) - (made.op in _DROP)
             if live > most:
-                peak = _peak(listed.actions, _KEEP, _DROP)
+                kept = [made for made in listed.actions if made.unit not in graph.frozen]
                 message = f"{listed.show(at)} makes {live} forward passes kept, of {most} allowed"
-                message += f" ({peak} at the peak): put W of another before it, or OUT and IN"
-                yield listed.fault("memory", at, message)
+                message += f" ({_peak(kept, _KEEP, _DROP)} at the peak): put W of another before it"
+                yield listed.fault("memory", at, f"{message}, or OUT and IN")
                 break
+
+
+def _groups(schedule: Schedule) -> dict[str, int]:
+    """Of each encoder, the most groups in flight on a seat."""
+    graph, found = schedule.graph, dict[str, int]()
+    for stage, seats in graph.home.items():
+        tower, _, number = stage.rpartition("_")
+        for seat in seats if tower and number.isdecimal() else ():
+            most = max(accumulate(_flight(schedule, stage, schedule.lists[seat]), initial=0))
+            found[tower] = max(found.get(tower, 0), most)
+    return found
+
+
+def _flight(schedule: Schedule, stage: str, actions: Sequence[Action]) -> Iterator[int]:
+    """Of each action of a list, by how many it changes the groups of a stage in flight."""
+    graph, ends = schedule.graph, dict[int, int]()
+    for at, made in enumerate(actions):
+        if made.unit != stage and stage not in graph.frozen:
+            continue
+        if made[:2] in (("F", stage), ("W", stage)):
+            ends[made.microbatch] = at
+        elif made.op == "WAIT" and made.unit == stage and made.edge in graph.edges:
+            ends[graph.part(made.edge, stage, made.microbatch)] = at
+        elif made.op == "F" and (edge := Edge(stage, made.unit)) in graph.edges:
+            for part in graph.parts(edge, made.unit, made.microbatch, schedule.microbatches):
+                ends[graph.part(edge, stage, part)] = at
+    over = Counter(ends.values())
+    for at, made in enumerate(actions):
+        yield int(made[:2] == ("F", stage))
+        yield -over[at]
+
+
+def _meetings(graph: Graph, lists: Sequence[Listed]) -> Iterator[Fault]:
+    """Where seats of a stage do what they do together in another order, or differ in whole passes."""
+    for stage, seats in graph.home.items():
+        first, *rest = [list(_met(graph, lists[seat], stage)) for seat in seats]
+        for seat, other in zip(seats[1:], rest, strict=True):
+            for i, (one, two) in enumerate(zip_longest(first, other)):
+                if one is None or two is None or one[1:] != two[1:]:
+                    here = lists[seats[0]].show(one[0]) if one else "nothing"
+                    there = lists[seat].show(two[0]) if two else "nothing"
+                    apart = one is not None and two is not None and one[1] == two[1]
+                    words = "only one of them has W right after it: make it so on both, or on none"
+                    message = f"{here} is meeting {i} of stage {stage}, but on rank {seat} that is {there}: "
+                    message += words if apart else "its ranks must do these in the same order"
+                    yield lists[seats[0]].fault("meeting", one[0] if one else -1, message)
+                    break
+
+
+def _met(graph: Graph, listed: Listed, stage: str) -> Iterator[tuple[int, Action, bool]]:
+    """Places and actions of a list that are meetings of a stage, and whether a B is one pass with its W."""
+    for at, made in enumerate(listed.actions):
+        if made.unit == stage and graph.meeting(made):
+            after = listed.actions[at + 1 : at + 2]
+            yield at, made, made.op == "B" and after == (made._replace(op="W"),)
 
 
 def _channels(lists: Sequence[Listed]) -> Iterator[Fault]:
@@ -145,17 +219,22 @@ def _channels(lists: Sequence[Listed]) -> Iterator[Fault]:
 
 
 def _run(graph: Graph, lists: Sequence[Listed]) -> tuple[list[tuple[int, int]], dict[int, Stuck]]:
-    """An order in which everything can happen, or the part of it that can, and where ranks then stand.
+    """An order in which everything can happen, or the part of it that can, and where seats then stand.
 
-    Every rank goes on until a WAIT whose other end has not posted. A POST that is in no list stops nobody
-    here: that it is missing is said elsewhere.
+    Every seat goes on until a WAIT for which another has not posted, or a meeting to which another has not
+    come. A POST that is in no list stops nobody here: that it is missing is said elsewhere.
     """
     order: list[tuple[int, int]] = []
     waits = [_waits(graph, lists, listed) for listed in lists]
     over = [0] * len(lists)  # of these waits
     reached = [0] * len(lists)
     stuck: dict[int, Stuck] = {}
-    behind: list[list[int]] = [[] for _ in lists]  # ranks that wait for each
+    behind: list[list[int]] = [[] for _ in lists]  # seats that wait for each
+
+    def there(need: Stuck) -> bool:
+        at = reached[need.post.rank]
+        return need.post.at < at or (need.post.at == at and need.wait.action.op != "WAIT")
+
     ready = deque(range(len(lists)))
     while ready:
         rank = ready.popleft()
@@ -163,28 +242,33 @@ def _run(graph: Graph, lists: Sequence[Listed]) -> tuple[list[tuple[int, int]], 
         stuck.pop(rank, None)
         while over[rank] < len(waits[rank]):
             wait = waits[rank][over[rank]]
-            if wait.post.at >= reached[wait.post.rank]:
+            if not there(wait):
                 stuck[rank], reached[rank] = wait, wait.wait.at
                 behind[wait.post.rank].append(rank)
                 break
             over[rank] += 1
         order += zip(repeat(rank), range(start, reached[rank]), strict=False)
-        ready += [other for other in behind[rank] if stuck[other].post.at < reached[rank]]
-        behind[rank] = [other for other in behind[rank] if stuck[other].post.at >= reached[rank]]
+        ready += [other for other in behind[rank] if there(stuck[other])]
+        behind[rank] = [other for other in behind[rank] if not there(stuck[other])]
     return order, stuck
 
 
 def _waits(graph: Graph, lists: Sequence[Listed], listed: Listed) -> list[Stuck]:
-    """Each WAIT of a list with the POST at the other end; without those that have none."""
-    others = {edge: peer(graph, listed.rank, edge) for edge in graph.edges}
+    """Each WAIT of a list with the POSTs, and each meeting with the like, of other seats that have them."""
+    parties = {edge: graph.party(edge) for edge in graph.edges}
     found: list[Stuck] = []
+    count: Counter[Action] = Counter()
     for at, made in enumerate(listed.actions):
-        other = others.get(made.edge, -1) if made.op == "WAIT" else -1
-        if other >= 0:
-            post = Action("POST", *made[1:])
-            place = lists[other].place.get(post)
-            if place is not None:
-                found.append(Stuck(Place(listed.rank, at, made), Place(other, place, post)))
+        wait = made.op == "WAIT"
+        seats = parties.get(made.edge, ()) if wait else graph.meeting(made)
+        here = Place(listed.rank, at, made)
+        for other in seats if listed.rank in seats else ():
+            need = Action("POST", *made[1:]) if wait else made
+            places = lists[other].places.get(need, [])
+            turn = 0 if wait else count[made]
+            if other != listed.rank and turn < len(places):
+                found.append(Stuck(here, Place(other, places[turn], need)))
+        count[made] += 1
     return found
 
 
@@ -209,24 +293,31 @@ def _remedy(graph: Graph, lists: Sequence[Listed], cycle: Cycle) -> str:
     """A POST of the cycle that can go before the WAIT before it, or that WAIT after it."""
     for stuck, after in zip(cycle, (*cycle[1:], cycle[0]), strict=True):
         post, wait = stuck.post, after.wait
-        made, read = _maker(graph, post), _reader(graph, wait)
         place = lists[post.rank].place
-        if made is None or place.get(made, post.at) < wait.at:
+        made, read = _maker(graph, post), _reader(graph, wait)
+        if post.action.op == "POST" and (made is None or place.get(made, post.at) < wait.at):
             return f"on rank {post.rank}, move {post} before {wait}"
-        if read is None or place.get(read, -1) > post.at:
+        if wait.action.op == "WAIT" and (read is None or place.get(read, -1) > post.at):
             return f"on rank {post.rank}, move {wait} after {post}"
+    if all(stuck.wait.action.op not in ("WAIT", "STEP") for stuck in cycle):
+        return "ranks do these together: put them in the same order on all"
     return "each makes too late what the next one needs: reorder F and B"
 
 
 def _maker(graph: Graph, post: Place) -> Action | None:
-    """What makes the value that is sent; None at the end that receives."""
-    _, source, i, target, back = post.action
-    maker = Action("B", target, i) if back else Action("F", source, i)
-    return maker if graph.home[maker.unit] == post.rank else None
+    """What makes the value that is sent; None at an end that only receives."""
+    return _user(graph, post, post.action.back)
 
 
 def _reader(graph: Graph, wait: Place) -> Action | None:
-    """What reads the value that is received; None at the end that sends."""
-    _, source, i, target, back = wait.action
-    reader = Action("B", source, i) if back else Action("F", target, i)
-    return reader if graph.home[reader.unit] == wait.rank else None
+    """What reads the value that is received; None at an end that only sends."""
+    return _user(graph, wait, not wait.action.back)
+
+
+def _user(graph: Graph, place: Place, target: bool) -> Action | None:
+    """The pass at one end of a transfer, if that end is there."""
+    made = place.action
+    stage = made.target if target else made.unit
+    if not made.target or place.rank not in graph.home[stage]:
+        return None
+    return Action("B" if made.back else "F", stage, graph.part(made.edge, stage, made.microbatch))

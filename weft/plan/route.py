@@ -1,9 +1,11 @@
 """Static routes of token rows between ranks: between stages, modules, orders of tokens.
 
-An end of a route says which global rows each rank has or wants, as runs. It is ``unique`` where each row is
-on one rank, or ``replicated`` where several ranks may have it, with the same values. A compiled route is a
-linear map: every row that a rank wants is written once, from one of the ranks that have it. Its transpose,
-for gradients, adds up in each row what comes back from all to which that row went.
+An end of a route says which global rows each rank has or wants, as runs. Where several ranks have a row it is
+``replicated``, the same on all of them, or ``partial``, the sum of what they have; else it is ``unique``. A
+compiled route is a linear map: every row that is wanted is written once, from one rank that has it, or from
+each of them where they are summands; a partial row is written on one of the ranks that want it, and zero on
+the others. Its transpose carries gradients back, and is a route of the same kind: the gradient of a value on
+several ranks is a sum over them, and that of a summand is the same for all summands.
 
 Routes are compiled on the host, from runs, before anything travels; only ``check_route``, the slow twin,
 looks at each row.
@@ -19,23 +21,73 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
+from weft.plan.holders import Holders, Integers, checked, flat, grouped, order, spread
 from weft.plan.runs import Holding, Run, joined
-from weft.plan.sweep import groups_of, rows_of, runs_of, sizes_of, table_of
+from weft.plan.sweep import ordered, table_of
 
-Kind = Literal["unique", "replicated"]
+Kind = Literal["unique", "replicated", "partial"]
 
 
-@dataclass(frozen=True)
 class End:
     """One end of a route.
 
-    Attributes:
+    Args:
         holdings: by world rank, runs of global rows in the order in which the rank has them, no row twice.
-        kind: whether several ranks may have a row.
+        kind: whether several ranks may have a row, and then whether it is the same on each or their sum.
     """
 
-    holdings: Mapping[int, Holding]
-    kind: Kind = "unique"
+    def __init__(self, holdings: Mapping[int, Holding], kind: Kind = "unique") -> None:
+        self.kind: Kind = kind
+        if kind == "unique":
+            ranks = sorted(holdings)
+            members, parts = [(rank,) for rank in ranks], [holdings[rank] for rank in ranks]
+        else:
+            groups = grouped(holdings)
+            members, parts = list(groups.values()), list(groups)
+        self.holders = Holders.of(members, [len(part) for part in parts], *flat(parts).T)
+
+    @classmethod
+    def of(cls, rank: Integers, start: Integers, length: Integers, kind: Kind = "unique") -> "End":
+        """An end from columns, one item for each run: its world rank, first global row, and rows.
+
+        Runs of a rank stand in the order in which it has them; one without rows says that the rank is there.
+        """
+        if (rank[1:] < rank[:-1]).any():
+            sort = order(rank)
+            rank, start, length = rank[sort], start[sort], length[sort]
+        first = np.flatnonzero(np.diff(rank, prepend=-1))
+        stop = np.append(first, len(rank))[1:]
+        members = [(one,) for one in rank[first].tolist()]
+        if kind != "unique":
+            parts = zip(members, first.tolist(), stop.tolist(), strict=True)
+            groups = grouped({one: start[i:j].tobytes() + length[i:j].tobytes() for (one,), i, j in parts})
+            members = list(groups.values())
+            chosen = np.searchsorted(rank[first], [ranks[0] for ranks in members])
+            first, stop = first[chosen], stop[chosen]
+            runs = spread(first, stop)[1]
+            start, length = start[runs], length[runs]
+        end = cls({}, kind)
+        end.holders = Holders.of(members, (stop - first).tolist(), start, length)
+        return end
+
+    @cached_property
+    def holdings(self) -> Mapping[int, Holding]:
+        """By world rank, its runs, for people and tests."""
+        runs: list[list[Run]] = [list[Run]() for _ in self.holders.members]
+        groups: list[int] = self.holders.group.tolist()
+        starts, lengths = self.holders.start.tolist(), self.holders.length.tolist()
+        for group, start, length in zip(groups, starts, lengths, strict=True):
+            runs[group].append(Run(start, length))
+        own = zip(self.holders.members, map(tuple, runs), strict=True)
+        return dict(sorted((rank, part) for ranks, part in own for rank in ranks))
+
+    @property
+    def dual(self) -> "End":
+        """This end as gradients see it: of replicas they are summands, of summands replicas."""
+        kinds: Mapping[Kind, Kind] = {"replicated": "partial", "partial": "replicated", "unique": "unique"}
+        end = End({}, kinds[self.kind])
+        end.holders = self.holders
+        return end
 
 
 class Leg(NamedTuple):
@@ -88,35 +140,44 @@ class Route:
         return tuple(Leg(*row) for row in self.table.tolist())
 
     @cached_property
+    def _pairs(self) -> Mapping[tuple[int, int], int]:
+        """Rows from each source to each target, which may be the same."""
+        source, target, width = self.table[:, 0], self.table[:, 2], int(self.table[:, 2].max(initial=0)) + 1
+        keys, which = np.unique(source * width + target, return_inverse=True)
+        rows = np.bincount(which, self.table[:, 4], len(keys)).astype(np.int64).tolist()
+        return {divmod(key, width): n for key, n in zip(keys.tolist(), rows, strict=True)}
+
+    @cached_property
     def links(self) -> Mapping[tuple[int, int], int]:
         """Rows that travel, by source and target; what stays where it is does not count."""
-        totals: defaultdict[tuple[int, int], int] = defaultdict(int)
-        for source, _, target, _, length in self.table.tolist():
-            if source != target:
-                totals[source, target] += length
-        return dict(totals)
+        return {pair: rows for pair, rows in self._pairs.items() if pair[0] != pair[1]}
+
+    @cached_property
+    def _peers(self) -> Mapping[int, set[int]]:
+        """The ranks that each exchanges with, in either direction."""
+        peers: defaultdict[int, set[int]] = defaultdict(set)
+        for source, target in self._pairs:
+            peers[source].add(target)
+            peers[target].add(source)
+        return dict(peers)
 
     def party(self, rank: int) -> tuple[int, ...]:
         """Ranks connected with this one, itself included: those that send, then the others."""
-        pairs = set(zip(self.table[:, 0].tolist(), self.table[:, 2].tolist(), strict=True))
-        peers: defaultdict[int, set[int]] = defaultdict(set)
-        for source, target in pairs:
-            peers[source].add(target)
-            peers[target].add(source)
         found, edge = {rank}, [rank]
         while edge:
-            new = peers[edge.pop()] - found
+            new = self._peers.get(edge.pop(), set()) - found
             found |= new
             edge += new
-        sending = {source for source, _ in pairs}
+        sending = {source for source, _ in self._pairs}
         return tuple(sorted(found, key=lambda one: (one not in sending, one)))
 
 
 def compile_route(source: End, target: End, near: Callable[[int], int] | None = None) -> Route:
     """The route from what ranks have to what ranks want; rows that nobody wants stay where they are.
 
-    A row comes from its target itself if that has it, else from a rank on the same node, else from any; among
-    several, all send evenly many rows, in as few parts as that allows.
+    Where one of several ranks is to send a row, or to take it, it is one that is at both ends, else one on
+    the same node as the other end, else any; among several, all have evenly many rows, in as few parts as
+    that allows. Between two partial ends each summand goes to one rank of its own.
 
     Args:
         source: who has which rows.
@@ -126,19 +187,16 @@ def compile_route(source: End, target: End, near: Callable[[int], int] | None = 
     Raises:
         ValueError: a row that is wanted is nowhere, twice on a rank, or on two ranks of a unique end.
     """
-    unique = source.kind == "unique"
-    each = {rank: (rank,) for rank in target.holdings}
-    groups = {rank: (rank,) for rank in source.holdings} if unique else groups_of(source.holdings)
-    have = runs_of({rank: source.holdings[rank] for rank in groups}, "source", unique)
-    want = runs_of(target.holdings, "target", target.kind == "unique")
-    table = _merged(_sorted(table_of(have, groups, want, near)))
-    return Route(table, sizes_of(have, groups), sizes_of(want, each))
+    have = checked(source.holders, "source", source.kind == "unique")
+    want = checked(target.holders, "target", target.kind == "unique")
+    every = source.kind == "partial", target.kind != "partial"
+    return Route(table_of(have, want, every, near), source.holders.sizes(), target.holders.sizes())
 
 
 @lru_cache(maxsize=256)
 def transpose(route: Route) -> Route:
     """The way back: what went from one row to several comes back as so many summands."""
-    return Route(_sorted(route.table[:, [2, 3, 0, 1, 4]]), route.targets, route.sources)
+    return Route(ordered(route.table.T[[2, 3, 0, 1, 4]]).T, route.targets, route.sources)
 
 
 @lru_cache(maxsize=1024)
@@ -163,51 +221,48 @@ def _by_peer(legs: np.ndarray) -> dict[int, Holding]:
     return {peer: joined(runs[peer]) for peer in sorted(runs)}
 
 
-def _sorted(table: np.ndarray) -> np.ndarray:
-    """By target, source and place as one number: 64 bits hold 10^5 ranks of each with 10^8 rows."""
-    ranks, rows = table[:, 0].max(initial=0) + 1, table[:, 3].max(initial=0) + 1
-    return table[np.argsort((table[:, 2] * ranks + table[:, 0]) * rows + table[:, 3])]
-
-
-def _merged(table: np.ndarray) -> np.ndarray:
-    """Legs that continue one another, on both ends, joined."""
-    if not len(table):
-        return table
-    before, after = table[:-1], table[1:]
-    same = (before[:, [0, 2]] == after[:, [0, 2]]).all(1)
-    same &= (before[:, [1, 3]] + before[:, 4:] == after[:, [1, 3]]).all(1)
-    first = np.flatnonzero(np.concatenate([np.ones(1, np.bool_), ~same]))
-    joint = table[first]
-    joint[:, 4] = np.add.reduceat(table[:, 4], first)
-    return joint
-
-
 def check_route(route: Route, source: End, target: End) -> Mapping[tuple[int, int], int]:
-    """Prove a compiled route row by row: each row written once, with what was wanted, and nothing needless.
+    """Prove a compiled route row by row: what was wanted is written once, and nothing travels needlessly.
+
+    A cell is a row, a rank that has it and one that wants it. One cell must be used of all those of a row;
+    of those of each summand where the source is partial; of those of each target unless that is partial. It
+    travels only if none of them is on one rank. Takes rows x sources x targets bytes of memory.
 
     Returns:
         Rows that travel over each link, by source and target.
 
     Raises:
-        ValueError: a row that a rank wants is written never or twice, or from another row, or it travels
-            although its target has it.
+        ValueError: a row is written never or twice, or from another row, or travels although it need not.
     """
-    have = {rank: rows_of(rows) for rank, rows in source.holdings.items()}
-    want = {rank: rows_of(rows) for rank, rows in target.holdings.items()}
-    written = {rank: np.zeros(len(rows), np.int64) for rank, rows in want.items()}
-    travelled = dict.fromkeys(want, 0)
+    sources, targets = list(route.sources), list(route.targets)
+    have = {rank: source.holders.rows(rank) for rank in sources}
+    want = {rank: target.holders.rows(rank) for rank in targets}
+    rows = max((int(own.max(initial=-1)) + 1 for own in chain(have.values(), want.values())), default=0)
+    has, wants = np.zeros((rows, len(sources)), np.bool_), np.zeros((rows, len(targets)), np.bool_)
+    for side, ranks, held in ((has, sources, have), (wants, targets, want)):
+        for place, rank in enumerate(ranks):
+            side[held[rank], place] = True
+    used = np.zeros((rows, len(sources), len(targets)), np.int8)
     for leg in route.legs:
         sent = have[leg.source][leg.start : leg.start + leg.length]
         got = want[leg.target][leg.place : leg.place + leg.length]
         if not leg.length == len(sent) == len(got) or (sent != got).any():
             raise ValueError(f"{leg} brings rows {sent} where {got} are wanted")
-        written[leg.target][leg.place : leg.place + leg.length] += 1
-        travelled[leg.target] += leg.length if leg.source != leg.target else 0
-    for rank, times in written.items():
-        if (times != 1).any():
-            i = int((times != 1).argmax())
-            raise ValueError(f"row {want[rank][i]} that rank {rank} wants is written {times[i]} times")
-        lacks = len(np.setdiff1d(want[rank], have.get(rank, want[rank][:0])))
-        if travelled[rank] != lacks:
-            raise ValueError(f"rank {rank} receives {travelled[rank]} rows but lacks only {lacks}")
+        used[got, sources.index(leg.source), targets.index(leg.target)] += 1
+    nowhere = wants.any(1) & ~has.any(1)
+    if nowhere.any():
+        raise ValueError(f"row {int(nowhere.argmax())} is wanted, but nowhere")
+    over = (1,) * (source.kind != "partial") + (2,) * (target.kind == "partial")
+    cells = has[:, :, None] & wants[:, None, :]
+    needed, times = cells.any(over, keepdims=True), used.sum(over, keepdims=True)
+    if (times != needed).any():
+        row, at, to = np.argwhere(times != needed)[0].tolist()
+        told = f"row {row}" + f" of rank {sources[at]}" * (1 not in over)
+        told += f" that rank {targets[to]} wants" * (2 not in over)
+        raise ValueError(f"{told} is written {times[row, at, to]} times")
+    here = np.array(sources)[:, None] == np.array(targets)
+    least = int((needed & ~(cells & here).any(over, keepdims=True)).sum())
+    travelled = sum(route.links.values())
+    if travelled != least:
+        raise ValueError(f"{travelled} rows travel although {least} would do")
     return route.links

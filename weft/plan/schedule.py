@@ -1,11 +1,13 @@
-"""Schedules are data: for each pipeline rank, the list of what it does, in order.
+"""Schedules are data: for each seat, the list of what it does, in order.
 
-An action names an op, the unit (a stage) or edge it is about, and a microbatch. As text: ``F(0,3)`` is the
+A seat is the ranks that have the same stages: a pipeline rank, or the part of one that has an encoder too.
+An action names an op, the unit (a stage) or edge it is about, and an index: the microbatch, or the group of
+microbatches that a stage takes at a time. As text: ``F(0,3)`` is the
 forward pass of stage 0 on microbatch 3, ``POST(0>1,3)`` launches the transfer of its result to stage 1,
 ``POST(0<1,3)`` that of the gradient on its way back, ``GATHER(0)`` and ``STEP`` have no microbatch.
 
     F, B, W            forward; gradients of inputs; gradients of weights (B right before its W is one pass)
-    POST, WAIT         launch a transfer over an edge, on both ends; block until it is over, on both ends
+    POST, WAIT         launch a transfer over an edge; block until it is over; on all seats of both ends
     GATHER, FREE       make the parameters of a stage whole; give their memory back
     REDUCE, STEP       sum the gradients of a stage over ranks; norm, update, publish
     OUT, IN            move what a forward pass keeps to the host; bring it back
@@ -15,8 +17,8 @@ pictures read the same lists.
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 from typing import Literal, NamedTuple, get_args
@@ -37,12 +39,12 @@ class Edge(NamedTuple):
 
 
 class Action(NamedTuple):
-    """One thing that a rank does.
+    """One thing that a seat does.
 
     Attributes:
         op: what.
         unit: the stage, or the source of the edge; empty for STEP.
-        microbatch: -1 where there is none.
+        microbatch: or the group of them, where the stage takes several at a time; -1 where there is none.
         target: of the edge, for POST and WAIT.
         back: whether gradients travel, from target to source.
     """
@@ -90,50 +92,123 @@ def action(text: str) -> Action:
 
 
 Lists = tuple[tuple[Action, ...], ...]
+Cost = Callable[[Action], float]
+
+
+def _nothing() -> Mapping[str, int]:
+    return MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Graph:
     """Stages, where each runs, and what goes between them.
 
+    A stage of several seats that is not joined runs on each of them by itself; only its REDUCE is one of all.
+
     Attributes:
-        home: pipeline rank of each stage, stages in the order of the model.
-        edges: between stages, on the same pipeline rank or not.
+        home: seats of each stage, ascending; a stage comes after those that it reads.
+        edges: between stages. The ends of an edge have the same seats, and then hand over what they make, or
+            none in common, or they are routed.
+        every: microbatches that a stage takes at a time, where that is not 1; the last group may be smaller.
+            Of the two ends of an edge one divides the other, and a transfer has as many as the smaller.
+        frozen: stages without gradients: nothing trainable is in them or before them.
+        routed: edges whose ends exchange rows between ranks, also inside a seat.
+        joined: stages whose passes hold collectives over several of their seats: these do each F, B, W,
+            GATHER and REDUCE of the stage together.
+        ahead: passes of a frozen stage that may be ahead of the last one that was read everywhere; none
+            named, any number.
     """
 
-    home: Mapping[str, int]
+    home: Mapping[str, tuple[int, ...]]
     edges: tuple[Edge, ...]
+    every: Mapping[str, int] = field(default_factory=_nothing)
+    frozen: frozenset[str] = frozenset()
+    routed: frozenset[Edge] = frozenset()
+    joined: frozenset[str] = frozenset()
+    ahead: Mapping[str, int] = field(default_factory=_nothing)
 
     @classmethod
     def chain(cls, ranks: Iterable[int]) -> "Graph":
-        """Stages ``0``, ``1``, ... one after the other, on these pipeline ranks."""
-        home = {str(stage): rank for stage, rank in enumerate(ranks)}
+        """Stages ``0``, ``1``, ... one after the other, each on one of these seats."""
+        home = {str(stage): (rank,) for stage, rank in enumerate(ranks)}
         names = list(home)
         edges = tuple(Edge(*pair) for pair in zip(names, names[1:], strict=False))
         return cls(MappingProxyType(home), edges)
 
     @property
-    def ranks(self) -> int:
-        """Number of pipeline ranks."""
-        return 1 + max(self.home.values())
+    def seats(self) -> int:
+        """Number of seats."""
+        return 1 + max(seat for seats in self.home.values() for seat in seats)
 
-    def at(self, rank: int) -> tuple[str, ...]:
-        """Stages of a pipeline rank."""
-        return tuple(stage for stage, home in self.home.items() if home == rank)
+    def at(self, seat: int) -> tuple[str, ...]:
+        """Stages of a seat."""
+        return tuple(stage for stage, seats in self.home.items() if seat in seats)
 
     def crosses(self, edge: Edge) -> bool:
-        """Whether the ends are different pipeline ranks, so that something is sent."""
-        return self.home[edge.source] != self.home[edge.target]
+        """Whether something is sent, as the ends are on different seats or laid out differently."""
+        return edge in self.routed or self.home[edge.source] != self.home[edge.target]
+
+    def returns(self, edge: Edge) -> bool:
+        """Whether gradients come back over an edge."""
+        return edge.source not in self.frozen
+
+    def party(self, edge: Edge) -> tuple[int, ...]:
+        """Seats of both ends, ascending: all that launch a transfer and wait for it."""
+        return tuple(sorted({*self.home[edge.source], *self.home[edge.target]}))
+
+    def meeting(self, done: Action) -> tuple[int, ...]:
+        """Seats that do an action together; none where each does it by itself."""
+        if done.op == "STEP":
+            return tuple(range(self.seats))
+        seats = self.home.get(done.unit, ())
+        whole = done.unit in self.joined and done.op in ("F", "B", "W", "GATHER", "REDUCE")
+        return seats if len(seats) > 1 and (whole or done.op == "REDUCE") else ()
+
+    def size(self, stage: str) -> int:
+        """Microbatches of a pass."""
+        return self.every.get(stage, 1)
+
+    def passes(self, stage: str, microbatches: int) -> int:
+        """Passes of a stage in a step."""
+        return -(-microbatches // self.size(stage))
+
+    def transfers(self, edge: Edge, microbatches: int) -> int:
+        """Transfers of an edge in a step, in one direction."""
+        return max(self.passes(stage, microbatches) for stage in edge)
+
+    def parts(self, edge: Edge, stage: str, index: int, microbatches: int) -> range:
+        """Transfers of an edge that are of one pass of one of its ends."""
+        ratio = self.size(stage) // min(map(self.size, edge))
+        return range(index * ratio, min((index + 1) * ratio, self.transfers(edge, microbatches)))
+
+    def part(self, edge: Edge, stage: str, transfer: int) -> int:
+        """The pass of one end of an edge that a transfer is of."""
+        return transfer * min(map(self.size, edge)) // self.size(stage)
+
+    def needs(self, seat: int, done: Action, microbatches: int) -> Iterator[tuple[int, Action]]:
+        """Passes of other stages, with their seats, without which an F or B of a seat cannot begin."""
+        _, stage, index, *_ = done
+        for edge in self.edges:
+            other, parts = edge.source, range(0)
+            if done.op == "F" and edge.target == stage:
+                parts = self.parts(edge, stage, index, microbatches)
+            elif done.op == "B" and edge.source == stage:
+                other, parts = edge.target, self.parts(edge, stage, index, microbatches)
+            elif done.op == "F" and edge.source == stage and index >= self.ahead.get(stage, microbatches):
+                other, parts = edge.target, self.parts(edge, stage, index - self.ahead[stage], microbatches)
+            for part in dict.fromkeys(self.part(edge, other, part) for part in parts):
+                for each in self.home[other] if self.crosses(edge) else (seat,):
+                    yield each, Action(done.op, other, part)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What every pipeline rank does in one step.
+    """What every seat does in one step.
 
     Attributes:
         graph: the stages.
         microbatches: of a step.
-        lists: of each pipeline rank.
+        lists: of each seat.
     """
 
     graph: Graph
@@ -142,5 +217,5 @@ class Schedule:
 
     @cached_property
     def text(self) -> str:
-        """One line for each pipeline rank."""
+        """One line for each seat."""
         return "".join(" ".join(map(str, actions)) + "\n" for actions in self.lists)

@@ -1,13 +1,14 @@
-"""A schedule played through with given costs: ranks, their streams and the links between them.
+"""A schedule played through with given costs: seats, their streams and the links between them.
 
-Each rank goes through its list. F, B, W take time of their own; POST, GATHER, REDUCE, OUT and IN only launch
-something that runs beside them; WAIT, STEP and the use of what is not there yet block. All ranks that can go
-on lie in one heap by time, so that transfers meet on a shared link in the order in which they become ready,
-and when a transfer begins its end is known.
+Each seat (called rank, as in timelines) goes through its list. F, B, W take time of their own; POST, GATHER,
+REDUCE, OUT and IN only launch something that runs beside them; WAIT, STEP and the use of what is not there
+yet block, and so do passes that several seats begin together. All ranks that can go on lie in one heap by
+time, so that transfers meet on a shared link in the order in which they become ready, and when a transfer
+begins its end is known.
 """
 
 import heapq
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
@@ -39,15 +40,15 @@ def simulate(
     """When everything runs.
 
     Args:
-        schedule: lists of all pipeline ranks.
+        schedule: lists of all seats.
         cost: seconds of F, B, W, GATHER, REDUCE, OUT, IN and STEP; of B and W each, also where they run
             as one.
-        transfer: seconds that the transfer of a POST takes, from when both ends have posted it and its link
-            is free.
+        transfer: seconds that the transfer of a POST takes, from when all its seats have posted it and its
+            link is free.
         link: name of the link of a POST; transfers with the same name follow each other.
 
     Raises:
-        ValueError: it does not come to an end (says what each rank waits for), or the two ends of a channel
+        ValueError: it does not come to an end (says what each rank waits for), or the seats of a channel
             post different microbatches.
     """
     return _Run(schedule, cost, transfer, link).timeline()
@@ -69,9 +70,12 @@ class _Run:
             float
         )  # when each stream is next free
         self.there: dict[tuple[int, str, str, int], float] = {}  # when a GATHER, OUT or IN is over
-        self.posted: defaultdict[Channel, deque[tuple[float, int, int, Action]]] = defaultdict(deque)
-        self.arrives: dict[Action, float] = {}  # end of each transfer that both ends have posted
+        self.orders: defaultdict[Channel, list[tuple[Action, int]]] = defaultdict(list)  # and who came first
+        self.count: defaultdict[tuple[Channel, int], int] = defaultdict(int)  # posted by each rank
+        self.posted: defaultdict[Action, dict[int, int]] = defaultdict(dict)  # the span on each rank
+        self.arrives: dict[Action, float] = {}  # end of each transfer that all have posted
         self.blocked: defaultdict[Action, list[tuple[float, int]]] = defaultdict(list)  # ranks in a WAIT
+        self.meeting: defaultdict[Action, dict[int, float]] = defaultdict(dict)  # when each rank came
         self.stepping: dict[int, float] = {}  # when each rank came to STEP
 
     def timeline(self) -> Timeline:
@@ -94,7 +98,8 @@ class _Run:
         """Start an action; when the rank goes on, or None if somebody else will say so."""
         match done.op:
             case "F" | "B" | "W":
-                return self._compute(rank, done, now)
+                seats = self.schedule.graph.meeting(done)
+                return self._meet(seats, rank, done, now) if seats else self._compute(rank, done, now)
             case "POST":
                 self._post(rank, done, now)
             case "WAIT":
@@ -113,6 +118,15 @@ class _Run:
     def _span(self, rank: int, done: Action, start: float, end: float, receives: bool = False) -> float:
         self.spans[rank].append(Span(rank, stream_of(done, receives), done, start, end))
         return end
+
+    def _meet(self, seats: tuple[int, ...], rank: int, done: Action, now: float) -> None:
+        """What all these ranks do together, once the last of them comes."""
+        came = self.meeting[done]
+        came[rank] = now
+        if len(came) == len(seats):
+            start = max(self.meeting.pop(done).values())
+            for each in seats:
+                heapq.heappush(self.ready, (self._compute(each, done, start), each))
 
     def _compute(self, rank: int, done: Action, now: float) -> float:
         op, unit, index = done.op, done.unit, done.microbatch
@@ -139,26 +153,30 @@ class _Run:
         self.streams[stream] = self.there[rank, done.op, done.unit, done.microbatch] = end
 
     def _post(self, rank: int, done: Action, now: float) -> None:
-        """The second end to post starts the transfer, and thereby says when it is over."""
-        waiting = self.posted[channel(done)]
-        receives = self.schedule.graph.home[done.unit if done.back else done.target] == rank
-        self._span(rank, done, now, now, receives)
-        slot = len(self.spans[rank]) - 1
-        if not waiting or waiting[0][1] == rank:
-            waiting.append((now, rank, slot, done))
-            return
-        _, other, their_slot, theirs = waiting.popleft()
+        """The last rank to post starts the transfer, and thereby says when it is over."""
+        graph = self.schedule.graph
+        order, turn = self.orders[channel(done)], self.count[channel(done), rank]
+        self.count[channel(done), rank] += 1
+        if turn == len(order):
+            order.append((done, rank))
+        theirs, other = order[turn]
         if theirs != done:
             raise ValueError(
                 f"rank {rank} has {done} where rank {other} has {theirs}: both must be in one order"
             )
-        link = self.link(done)
+        source = graph.home[done.target if done.back else done.unit]
+        self._span(rank, done, now, now, receives=rank not in source)
+        ends = self.posted[done]
+        ends[rank] = len(self.spans[rank]) - 1
+        if len(ends) < len(graph.party(done.edge)):
+            return
+        link, wait = self.link(done), done._replace(op="WAIT")
         start = max(now, self.links[link])
-        self.links[link] = self.arrives[done._replace(op="WAIT")] = end = start + self.transfer(done)
-        for at, index in ((rank, slot), (other, their_slot)):
+        self.links[link] = self.arrives[wait] = end = start + self.transfer(done)
+        for at, index in ends.items():
             self.spans[at][index] = self.spans[at][index]._replace(start=start, end=end)
-        for since, sleeper in self.blocked.pop(done._replace(op="WAIT"), ()):
-            self._span(sleeper, done._replace(op="WAIT"), since, end)
+        for since, sleeper in self.blocked.pop(wait, ()):
+            self._span(sleeper, wait, since, end)
             heapq.heappush(self.ready, (end, sleeper))
 
     def _step(self, rank: int, done: Action, now: float) -> None:
@@ -175,17 +193,14 @@ class _Run:
     def _waits(self) -> list[str]:
         """What each rank that has not come to its end waits for."""
         found = dict.fromkeys(self.stepping, "STEP, which not all ranks reach")
-        graph = self.schedule.graph
         for action, sleepers in self.blocked.items():
+            party, posted = self.schedule.graph.party(action.edge), self.posted[action._replace(op="POST")]
             for _, rank in sleepers:
-                ends = {graph.home[action.unit], graph.home[action.target]} - {rank}
-                post = action._replace(op="POST")
-                lacking = [end for end in (rank, *ends) if not self._has_posted(end, post)]
+                lacking = sorted(set(party) - posted.keys(), key=lambda seat: (seat != rank, seat))
                 found[rank] = f"{action}, which rank {' and rank '.join(map(str, lacking))} has not posted"
+        for action, came in self.meeting.items():
+            found |= dict.fromkeys(came, f"{action}, to which not all its ranks come")
         return [f"rank {rank} waits in {words}" for rank, words in sorted(found.items())]
-
-    def _has_posted(self, rank: int, post: Action) -> bool:
-        return any(at == rank and done == post for _, at, _, done in self.posted[channel(post)])
 
 
 def bubble_formula(kind: str, ranks: int, virtual: int, microbatches: int) -> float | None:

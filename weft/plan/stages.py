@@ -6,7 +6,7 @@ the sum over both.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
@@ -37,6 +37,8 @@ class Piece:
         first, _, rest = name.partition(".")
         if first == "layers":
             return int(rest.partition(".")[0]) in self.layers
+        if first == "projectors":  # of encoders: they write into the residual stream before the first layer
+            return self.first
         return self.table if first == "embed" else self.last
 
 
@@ -121,14 +123,21 @@ def cut(
     counts = layers or even([cost.total for cost in blocks], extra)
     _check(counts, stages, len(blocks))
     table = model.tie_word_embeddings or bool(model.depths)
+    made = run_of(counts, home, table)
+    costs = (
+        sum((blocks[i] for i in piece.layers), start=tail if piece.last else Cost()) for piece in made.pieces
+    )
+    return replace(made, costs=tuple(costs))
+
+
+def run_of(counts: Sequence[int], home: tuple[int, ...], table: bool = False) -> Cut:
+    """So many layers in each stage, without costs; ``table``: the last stage holds the token table too."""
+    last = len(counts) - 1
     pieces = tuple(
-        Piece(
-            range(start, stop), stage == 0, stage == stages - 1, stage == 0 or (table and stage == stages - 1)
-        )
+        Piece(range(start, stop), stage == 0, stage == last, stage == 0 or (table and stage == last))
         for stage, (start, stop) in enumerate(pairwise(accumulate(counts, initial=0)))
     )
-    costs = (sum((blocks[i] for i in piece.layers), start=tail if piece.last else Cost()) for piece in pieces)
-    return Cut(pieces, home, tuple(costs))
+    return Cut(pieces, home, (Cost(),) * len(counts))
 
 
 def _check(counts: Sequence[int], stages: int, layers: int) -> None:

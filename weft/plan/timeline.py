@@ -108,13 +108,14 @@ class Timeline:
     def live(self, size: Callable[[str], float] | None = None) -> Mapping[int, tuple[Level, ...]]:
         """What forward passes keep on each rank over time, in units of ``size(stage)`` (default: 1 each).
 
-        A microbatch is live from the start of its F to the end of its W, without the time from the end of
-        OUT to the start of IN. So the greatest value is that of ``prove``, plus what an OUT that takes time
-        has not moved yet when the next F starts.
+        A microbatch is live from the start of its F to the end of its W, without the time from the end of OUT
+        to the start of IN; nothing is kept of stages that have no W, as they are frozen. So the greatest
+        value is that of ``prove``, plus what an OUT that takes time has not moved yet when the next F starts.
         """
         changes: defaultdict[int, list[Level]] = defaultdict(list)
+        kept = {(span.rank, span.action.unit) for span in self.spans if span.action.op == "W"}
         for rank, _, (op, stage, *_), start, end in self.spans:
-            if op in ("F", "IN"):
+            if op in ("F", "IN") and (rank, stage) in kept:
                 changes[rank].append(Level(start, size(stage) if size else 1.0))
             elif op in ("W", "OUT"):
                 changes[rank].append(Level(end, -(size(stage) if size else 1.0)))

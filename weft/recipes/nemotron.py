@@ -1,12 +1,12 @@
-"""Pretraining of the published hybrid models, and of a tiny sibling of each that runs on a laptop.
+"""Training of the published hybrid models, and of a tiny sibling of each that runs on a laptop.
 
-Data is random tokens until ``data.source`` or ``data.blend`` names a real corpus.
+Data of pretraining is random tokens until ``data.source`` or ``data.blend`` names a real corpus.
 """
 
 from dataclasses import dataclass, replace
 
 from weft.models import presets
-from weft.spec.data import DataConfig
+from weft.spec.data import DataConfig, TokenizerConfig
 from weft.spec.hybrid import HybridConfig
 from weft.spec.run import (
     CheckpointConfig,
@@ -138,3 +138,36 @@ def nemotron3_ultra_pretrain() -> RunConfig:
 def nemotron3_ultra_pretrain_tiny() -> RunConfig:
     """Tiny sibling of nemotron3_ultra_pretrain."""
     return _tiny(nemotron3_ultra_pretrain(), presets.NEMOTRON3_ULTRA_TINY)
+
+
+def nemotron3_nano_omni_sft() -> RunConfig:
+    """Nemotron 3 Nano Omni on pictures, video, sound and text: the first stage, of 16K tokens.
+
+    Set ``data.source`` to a JSONL file with ``messages`` and ``data.tokenizer.path`` to the model's tokenizer.
+    Where projectors are new, train them alone first: ``train.freeze=[decoder,vision.body,audio.body]``.
+    Batch, steps and rates are those published for the text model (arXiv 2512.20856); this one's are not.
+    """
+    return RunConfig(
+        run=RunSettings(name="nemotron3_nano_omni_sft"),
+        model=presets.NEMOTRON3_NANO_OMNI.decoder,
+        encoders={"vision": presets.CRADIO_V4_H, "audio": presets.PARAKEET_OMNI},
+        data=DataConfig(source="messages.jsonl", seq_length=16384, template="chatml"),
+        train=TrainConfig(
+            train_iters=13_000, global_batch_size=64, micro_batch_size=1, precision="bf16", recompute=True
+        ),
+        validation=ValidationConfig(eval_interval=500, eval_iters=32),
+        optimizer=OptimizerConfig(lr=1e-5, min_lr=1e-7),
+        scheduler=SchedulerConfig(lr_decay_style="cosine", lr_warmup_iters=800),
+        checkpoint=CheckpointConfig(save_interval=500, async_save=True),
+    )
+
+
+def nemotron3_nano_omni_sft_tiny() -> RunConfig:
+    """Tiny sibling of nemotron3_nano_omni_sft: are the digit seen and the digit heard the same?"""
+    run = _tiny(nemotron3_nano_omni_sft(), presets.NEMOTRON3_NANO_OMNI_TINY.decoder)
+    return replace(
+        run,
+        encoders=presets.NEMOTRON3_NANO_OMNI_TINY.encoders,
+        data=DataConfig(source="digits_av", seq_length=128, tokenizer=TokenizerConfig(vocab_size=320)),
+        optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-5),
+    )

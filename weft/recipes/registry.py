@@ -25,6 +25,8 @@ _ALL: tuple[Recipe, ...] = (
     nemotron.nemotron3_super_pretrain_tiny,
     nemotron.nemotron3_ultra_pretrain,
     nemotron.nemotron3_ultra_pretrain_tiny,
+    nemotron.nemotron3_nano_omni_sft,
+    nemotron.nemotron3_nano_omni_sft_tiny,
 )
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.__name__: recipe for recipe in _ALL})

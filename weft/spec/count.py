@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from weft.spec.hybrid import BlockConfig, HybridConfig
+from weft.spec.modules import DECODER, Modules
 from weft.spec.param import ParamSpec
 from weft.spec.precision import ITEMSIZE, PRECISIONS
 
@@ -37,6 +38,22 @@ def count(model: HybridConfig) -> Counts:
     main = _numel(specs) - mtp
     idle_mtp = sum(_idle(depth.blocks) for depth in model.mtp)
     return Counts(main, mtp, main - _idle(model.blocks), mtp - idle_mtp)
+
+
+def count_parts(modules: Modules) -> dict[str, int]:
+    """Elements of the decoder and, of each encoder, of its projector and of all before it, by name.
+
+    Names are those of parts that may be frozen: ``decoder``, ``vision.body``, ``vision.projector``. Statistics
+    that are not trained count too.
+    """
+    found = {DECODER: count(modules.decoder).total}
+    for name, encoder in modules.encoders.items():
+        projector = _numel(encoder.projector.params())
+        found |= {
+            f"{name}.body": _numel(encoder.params()) - projector,
+            f"{name}.projector": projector,
+        }
+    return found
 
 
 def mean_context(lengths: tuple[int, ...]) -> float:

@@ -11,15 +11,17 @@ from weft.spec.param import ONES, ZEROS, Dim, Init, ParamSpec, Part, dim, size
 
 @dataclass(frozen=True, kw_only=True)
 class LinearConfig(Config):
-    """``y = x W^T``: weight ``[rows, cols]``, no bias."""
+    """``y = x W^T + b``: weight ``[rows, cols]``, bias ``[rows]`` where there is one."""
 
     rows: Dim
     cols: Dim
     std: float = setting(doc="standard deviation of the initial normal draw")
+    bias: bool = setting(False, "whether something is added")
 
     def params(self) -> tuple[ParamSpec, ...]:
-        """The weight."""
-        return (ParamSpec("weight", (self.rows, self.cols), Init("normal", self.std)),)
+        """The weight, and the bias, which starts at zero and never decays."""
+        weight = ParamSpec("weight", (self.rows, self.cols), Init("normal", self.std))
+        return (weight, ParamSpec("bias", (self.rows,), ZEROS, decay=False)) if self.bias else (weight,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,21 @@ class NormConfig(Config):
     def params(self) -> tuple[ParamSpec, ...]:
         """The weight, never decayed."""
         return (ParamSpec("weight", (self.dims,), ONES, decay=False),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNormConfig(Config):
+    """Norm with mean and bias over ``dims``, all of which are on one rank."""
+
+    dims: Dim
+    eps: float = setting(1e-5, "added to the variance", gt=0)
+
+    def params(self) -> tuple[ParamSpec, ...]:
+        """Weight and bias, never decayed."""
+        return tuple(
+            ParamSpec(name, (self.dims,), init, decay=False)
+            for name, init in (("weight", ONES), ("bias", ZEROS))
+        )
 
 
 def _named(**children: LinearConfig | NormConfig) -> tuple[ParamSpec, ...]:

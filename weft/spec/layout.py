@@ -86,6 +86,13 @@ class ScheduleConfig(Config):
         0, "activations of passes kept on the device, the rest on the host; 0 is all", ge=0
     )
     most_live: int = setting(0, "refuse lists that keep more activations of passes; 0 is no limit", ge=0)
+    encoder_order: Literal["lead", "first", "bubble"] = setting(
+        "lead", "when encoders run: just before the decoder, before all of it, or where a rank would be idle"
+    )
+    encoder_group: int = setting(1, "microbatches that an encoder takes at a time", ge=1)
+    encoder_groups_in_flight: int = setting(
+        0, "groups between forward and backward pass of an encoder; 0: as few as will do", ge=0
+    )
     trace: bool = setting(True, "write the executed and the simulated timeline of the last step")
 
     def check(self) -> Iterator[Problem]:
@@ -115,3 +122,4 @@ class PlanConfig(Config):
     decoder: LayoutConfig = setting(LayoutConfig, "token table, layers, head, MTP depths")
     experts: ExpertsConfig = setting(ExpertsConfig, "routed experts")
     schedule: ScheduleConfig = setting(ScheduleConfig, "order of passes, transfers and sums")
+    encoders: dict[str, LayoutConfig] = setting(dict, "each encoder, under its own name", rest=True)

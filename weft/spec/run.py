@@ -7,9 +7,13 @@ from typing import Literal
 
 from weft.config.base import Config, setting
 from weft.config.errors import Problem
+from weft.config.suggest import did_you_mean
+from weft.spec.audio import AudioConfig
 from weft.spec.data import DataConfig
 from weft.spec.hybrid import HybridConfig
 from weft.spec.layout import PlanConfig
+from weft.spec.modules import DECODER, FORM, RESERVED, Modules
+from weft.spec.vision import VisionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,9 @@ class TrainConfig(Config):
         "fp32", "parameters and arithmetic; bf16 keeps fp32 master weights, gradients, router and SSM state"
     )
     recompute: bool = setting(False, "recompute layers in the backward pass instead of keeping activations")
+    freeze: tuple[str, ...] = setting(
+        (), "what is not trained: decoder, an encoder, or a part of one: vision.body, vision.projector"
+    )
     loss_chunk: int = setting(1024, "tokens whose logits exist at a time", ge=1)
     exit_duration_in_mins: float = setting(
         0.0, "stop (with a checkpoint) after this many minutes of training; 0 is never", ge=0
@@ -126,6 +133,9 @@ class RunConfig(Config):
 
     run: RunSettings = setting(RunSettings, "where and how")
     model: HybridConfig = setting(doc="the model")
+    encoders: dict[str, VisionConfig | AudioConfig] = setting(
+        dict, "what turns images, video and sound into rows of the decoder, by name"
+    )
     data: DataConfig = setting(DataConfig, "the data")
     train: TrainConfig = setting(TrainConfig, "the loop")
     validation: ValidationConfig = setting(ValidationConfig, "evaluation")
@@ -145,8 +155,14 @@ class RunConfig(Config):
         """Where tokenized corpora lie, shared by the runs of one parent directory."""
         return Path(self.data.cache or self.directory.parent / ".cache")
 
+    @property
+    def modules(self) -> Modules:
+        """Decoder and encoders, and what of them is trained."""
+        return Modules(self.model, self.encoders, self.train.freeze, self.plan.decoder.tp_embed > 1)
+
     def check(self) -> Iterator[Problem]:
         """What two sections must agree on."""
+        yield from self._check_encoders()
         scheduler, warm = self.scheduler, self.scheduler.lr_warmup_iters
         last = scheduler.lr_decay_iters or self.train.train_iters
         if scheduler.lr_decay_style == "WSD" and warm + scheduler.lr_wsd_decay_iters > last:
@@ -163,3 +179,36 @@ class RunConfig(Config):
             if trained > vocab:
                 message = f"{trained} tokens do not fit model.vocab_size = {vocab}; lower it or raise that"
                 yield Problem("data.tokenizer.vocab_size", message)
+
+    def _check_encoders(self) -> Iterator[Problem]:
+        """Names, widths and tokens of encoders; what is frozen."""
+        names = [DECODER, *self.encoders]
+        for name in self.plan.encoders:
+            if name not in self.encoders:
+                known = ", ".join((*names, "experts", "schedule"))
+                hint = did_you_mean(name, (*names, "experts", "schedule"))
+                yield Problem(
+                    f"plan.{name}", f"the run has no encoder of this name{hint} (the plan has {known})"
+                )
+        for name, encoder in self.encoders.items():
+            path = f"encoders.{name}"
+            if name in RESERVED or not FORM.fullmatch(name):
+                yield Problem(
+                    path, f"an encoder's name is a word, and none of {', '.join(RESERVED)}; rename it"
+                )
+            if encoder.output_size != self.model.hidden_size:
+                fix = f"but model.hidden_size is {self.model.hidden_size}; set both alike"
+                yield Problem(f"{path}.output_size", f"{encoder.output_size}, {fix}")
+            for token in ("token", "start_token", "end_token"):
+                if (value := int(getattr(encoder, token))) >= self.model.vocab_size:
+                    yield Problem(
+                        f"{path}.{token}", f"{value} is not below model.vocab_size = {self.model.vocab_size}"
+                    )
+        words = [
+            DECODER,
+            *(word for name in self.encoders for word in (name, f"{name}.body", f"{name}.projector")),
+        ]
+        for word in self.train.freeze:
+            if word not in words:
+                message = f"nothing is called {word!r}{did_you_mean(word, words)}; use {', '.join(words)}"
+                yield Problem("train.freeze", message)

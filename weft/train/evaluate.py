@@ -1,28 +1,57 @@
-"""Evaluation in bits per byte."""
+"""Evaluation in bits per byte, and of answers."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice, zip_longest
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 
 from weft.data.batch import Batch, empty
-from weft.models.hybrid import HybridLM
 from weft.parallel.executor import Executor
-from weft.parallel.mesh import Mesh
-from weft.parallel.together import on_every
-from weft.plan.placing import forward_only
-from weft.train.objective import check_tokens
-from weft.train.passes import Pipeline, Reading
+from weft.plan.step import evaluation_of
+from weft.train.ahead import Ahead
+from weft.train.encode import Fetch
+from weft.train.passes import Answer, Reading
+from weft.train.team import Team
+
+
+class Document(NamedTuple):
+    """What a model answers in a document.
+
+    Attributes:
+        sample: where the document is.
+        number: among the documents of the sample that have targets.
+        best: the most likely token at each target, given the right ones before it.
+        targets: the right ones.
+    """
+
+    sample: int
+    number: int
+    best: tuple[int, ...]
+    targets: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``loss`` in nats per token over ``tokens`` targets."""
+    """A split, or part of it, as a model sees it.
+
+    Attributes:
+        loss: nats per token.
+        tokens: targets.
+        documents: that have targets, where their answers were asked for.
+    """
 
     loss: float
     tokens: int
+    documents: tuple[Document, ...] = ()
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the documents in which the most likely token is right at every target."""
+        return sum(d.best == d.targets for d in self.documents) / max(1, len(self.documents))
 
     def bits_per_byte(self, tokens: int, text_bytes: int) -> float | None:
         """Bits per byte of a split with ``tokens`` targets and ``text_bytes`` bytes; None without bytes.
@@ -33,31 +62,56 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: HybridLM, batches: Iterable[Batch], mesh: Mesh, chunk: int) -> Evaluation:
-    """Mean next-token loss over the batches of all readers; ``chunk`` tokens have logits at a time.
+def evaluate(
+    team: Team, batches: Iterable[Batch], chunk: int, fetch: Fetch | None = None, graded: bool = False
+) -> Evaluation:
+    """Mean next-token loss over the batches of all readers.
 
     Readers may have different numbers of batches: who has none left goes on with empty ones.
+
+    Args:
+        team: what is here.
+        batches: of this rank's reader; ignored where nothing of the decoder is.
+        chunk: tokens whose logits exist at a time.
+        fetch: reads what encoders need.
+        graded: also compare each document's most likely tokens with its targets.
 
     Raises:
         DataError: on every rank, if the batches of one cannot be used.
     """
-    work, mine = Reading(Pipeline.of(model, mesh), chunk), iter(batches)
-    schedule = forward_only(work.links.graph, work.links.graph.ranks)
-    executor = Executor(schedule, mesh.position, work, model.device)
-    tokens, read = 0, list[Batch]()
-
-    def take() -> list[list[int]]:
-        read[:] = islice(mine, schedule.microbatches)
-        for batch in read:
-            check_tokens(batch, model.config.vocab_size)
-        return [list(batch.windows) for batch in read] if mesh.leads else [[]] * len(read)
-
-    while any(everyone := on_every(mesh.comm, take)):
-        batch = [*read, *(empty(1) for _ in range(schedule.microbatches - len(read)))]
-        parts = zip_longest(*everyone, range(schedule.microbatches), fillvalue=[])
-        work.read(batch, [[size for own in part[:-1] for size in own] for part in parts])
+    schedule = evaluation_of(team.plans, team.modules, team.plans.decoder.schedule)
+    work = Reading(team, schedule.graph, chunk, graded)
+    executor = Executor(schedule, team.seat, work, team.device)
+    ahead = Ahead(team, schedule.graph, team.modules.decoder.vocab_size, fetch, learns=False)
+    mine = iter(batches if team.decoder else ())
+    leads = team.decoder is not None and team.decoder.mesh.leads
+    tokens = 0
+    while True:
+        read = list(islice(mine, schedule.microbatches))
+        if not any(team.comm.gather_objects(bool(read))):
+            break
+        lacks = schedule.microbatches - len(read) if team.decoder else 0
+        read += [empty(team.modules.decoder.depths + 1) for _ in range(lacks)]
+        taken, inputs = next(ahead.next(iter([read]), more=False))
+        work.read(taken.batches, taken.tables, inputs)
         executor.run()
-        tokens += sum(each.targets[0] for each in read) * mesh.leads
+        tokens += sum(batch.targets[0] for batch in read) * leads
     sums = torch.stack([work.nats, work.nats.new_tensor(tokens)])
-    nats, count = mesh.comm.all_reduce(sums).tolist()
-    return Evaluation(nats / max(1.0, count), int(count))
+    nats, count = team.comm.all_reduce(sums).tolist()
+    return Evaluation(nats / max(1.0, count), int(count), _documents(team, work))
+
+
+def _documents(team: Team, work: Reading) -> tuple[Document, ...]:
+    """Every document that has targets, of all readers, in the order of samples."""
+    found: dict[tuple[int, int], list[Answer]] = {}
+    for own in team.comm.gather_objects(work.answers):
+        for answer in (Answer(*fields) for fields in own):
+            found.setdefault((answer.sample, answer.document), []).append(answer)
+    documents: list[Document] = []
+    count: Counter[int] = Counter()
+    for (sample, _), answers in sorted(found.items()):
+        answers.sort(key=lambda answer: answer.place)
+        best, targets = (tuple(answer[field] for answer in answers) for field in (3, 4))
+        documents.append(Document(sample, count[sample], best, targets))
+        count[sample] += 1
+    return tuple(documents)

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, islice
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -21,16 +20,21 @@ from weft.parallel.store import Store
 from weft.parallel.together import Union
 from weft.plan.box import Box
 from weft.plan.shard import share
-from weft.plan.step import schedule_of
+from weft.plan.step import step_of
 from weft.plan.timeline import Span
 from weft.spec.count import mean_context, training_flops_per_token
+from weft.spec.modules import DECODER
+from weft.spec.precision import PRECISIONS
 from weft.spec.run import RunConfig
+from weft.train.ahead import Ahead, Ready
+from weft.train.encode import Fetch
 from weft.train.memory import peak_memory
-from weft.train.objective import PARTS, Outcome, Run, Totals, take, who_read
+from weft.train.objective import PARTS, Outcome, Run, Taken, Totals, who_read
 from weft.train.optimizer import Optimizer, RouterLoad, in_order, load_row
-from weft.train.passes import Pipeline, Training
+from weft.train.passes import Training
 from weft.train.routing import as_text, routing_hash
 from weft.train.schedule import learning_rate
+from weft.train.team import Member, Team
 
 
 @runtime_checkable
@@ -70,49 +74,102 @@ class _Sums:
 
 
 class Trainer:
-    """Model, store, optimizer and data of one run on one rank."""
+    """Modules, stores, optimizers and data of one run on one rank.
 
-    def __init__(self, config: RunConfig, model: HybridLM, loader: Samples, mesh: Mesh) -> None:
-        self.config, self.model, self.loader = config, model, loader
-        self.mesh, self.comm = mesh, mesh.comm
-        model.set_recompute(config.train.recompute)
-        self.store = Store(model, config.model.params(), config.train.precision, mesh)
-        self.optimizer = Optimizer(self.store, config.optimizer)
-        self.load = RouterLoad(model)
-        self.pipeline = Pipeline.of(model, mesh)
-        self._passes = Training(self.pipeline, self.store, config.train.loss_chunk, self._note)
-        schedule, _ = schedule_of(
-            config.plan.schedule,
-            self.pipeline.cut,
-            mesh.whole.microbatches(config.train),
-            self.store.level,
-        )
-        self.executor = Executor(schedule, mesh.position, self._passes, model.device)
-        if self.executor.splits:
-            attach(model, self.executor.late)
+    Args:
+        config: of the run.
+        team: what this rank has.
+        loader: its samples; asked only where something of the decoder is.
+        fetch: reads what encoders need; asked only where their first stages are.
+
+    Attributes:
+        stores: of the modules here of which something is trained.
+        optimizers: likewise.
+    """
+
+    def __init__(self, config: RunConfig, team: Team, loader: Samples, fetch: Fetch | None = None) -> None:
+        self.config, self.team, self.loader = config, team, loader
+        self.comm = team.comm
+        self.stores: dict[str, Store] = {}
+        for name, member in team.members.items():
+            member.model.set_recompute(config.train.recompute)
+            specs = [spec for spec in member.module.params if member.module.trains(spec.name)]
+            if not member.module.frozen:
+                self.stores[name] = Store(member.model, specs, config.train.precision, member.mesh)
+        self.optimizers = {name: Optimizer(store, config.optimizer) for name, store in self.stores.items()}
+        self.device = team.device
+        self.load = RouterLoad(team.lm, self.device)
+        schedule, _ = step_of(team.plans, team.modules, config.plan.schedule, self.microbatches)
+        self._passes = Training(team, schedule.graph, self.stores, config.train.loss_chunk, self._note)
+        self.executor = Executor(schedule, team.seat, self._passes, self.device)
+        for member in team.members.values() if self.executor.splits else ():
+            attach(member.model, self.executor.late)
         self.spans: list[Span] = []  # of the last step, on this rank
+        self.ahead = Ahead(team, schedule.graph, config.model.vocab_size, fetch)
         self._routers = Union(self.comm)
         self.samples = self.tokens = 0
         self.seconds = 0.0
+        self._steps = 0
         self._read = 0  # tokens of the steps of this process, and the keys that they saw
         self._keys = 0.0
+        self._master: torch.dtype = getattr(torch, PRECISIONS[config.train.precision].master)
+
+    @property
+    def model(self) -> HybridLM:
+        """The decoder, of which something must be here."""
+        assert self.team.lm is not None  # noqa: S101 - for ranks that have it
+        return self.team.lm
+
+    @property
+    def mesh(self) -> Mesh:
+        """The decoder's, of which something must be here."""
+        return self.team.members[DECODER].mesh
+
+    @property
+    def store(self) -> Store:
+        """The decoder's, which must be trained."""
+        return self.stores[DECODER]
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The decoder's, which must be trained."""
+        return self.optimizers[DECODER]
+
+    @property
+    def microbatches(self) -> int:
+        """Of a step."""
+        return self.team.plans.decoder.microbatches(self.config.train)
+
+    @property
+    def steps(self) -> int:
+        """Updates so far (the bias correction's exponent)."""
+        return self._steps
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        self._steps = value
+        for optimizer in self.optimizers.values():
+            optimizer.steps = value
 
     def batches(self, samples: int) -> list[Batch]:
         """This rank's microbatches of the global batch that starts after ``samples`` samples.
 
         The batch is cut into microbatches that all readers compute at the same time, and each into their
         shares, which differ by at most one sample and may be empty. So the samples that are computed together
-        depend on the number of microbatches only, not on the layout.
+        depend on the number of microbatches only, not on the layout. A rank without the decoder has none.
         """
-        train, readers = self.config.train, self.mesh.layout.readers
-        parts = self.mesh.whole.microbatches(train)
-        cuts = (share(train.global_batch_size, parts, i) for i in range(parts))
+        if self.team.decoder is None:
+            return []
+        readers, parts = self.mesh.layout.readers, self.microbatches
+        cuts = (share(self.config.train.global_batch_size, parts, i) for i in range(parts))
         mine = ((cut, share(len(cut), readers, self.mesh.reader)) for cut in cuts)
         return [self.loader.microbatch(samples + cut.start + own.start, len(own)) for cut, own in mine]
 
     @property
     def _full(self) -> tuple[int, ...]:
-        """Tokens of each sample of the largest microbatch."""
+        """Tokens of each sample of the largest microbatch, where those of all samples are known."""
+        if self.team.decoder is None or self.team.modules.encoders:
+            return ()
         most = -(-self.mesh.whole.together(self.config.train) // self.mesh.layout.readers)
         return (self.config.data.seq_length,) * most
 
@@ -124,7 +181,7 @@ class Trainer:
 
     def next_step(self, iteration: int, steps: Iterator[Iterable[Batch]]) -> dict[str, Any]:
         """``step`` on the next item of ``steps``, waited for and counted as part of the step."""
-        return self.step(iteration, chain.from_iterable(islice(steps, 1)))
+        return self._step(iteration, self.ahead.next(steps))
 
     def step(self, iteration: int, batches: Iterable[Batch]) -> dict[str, Any]:
         """One optimizer step (``iteration`` counts from 1); the row for ``metrics.jsonl``.
@@ -135,16 +192,20 @@ class Trainer:
             NotFinite: a loss or gradient that is not finite; nothing has been updated then.
             DataError: every label masked, a token id outside the vocabulary, or data that cannot be read.
         """
+        return self._step(iteration, self.ahead.next(iter([batches]), more=False))
+
+    def _step(self, iteration: int, ready: Iterator[Ready]) -> dict[str, Any]:
         began = time.perf_counter()
-        taken, totals, sizes = take(batches, self.config.model.vocab_size, self.comm, self.mesh)
-        self._sums = _Sums(torch.zeros(len(PARTS), dtype=self.store.master_dtype, device=self.model.device))
+        taken, inputs = next(ready)
+        self._sums = _Sums(torch.zeros(len(PARTS), dtype=self._master, device=self.device))
         row: dict[str, Any] = {}
         known = {"seed": self.config.run.seed, "tally": {}, "full": self._full}
-        self._passes.read(taken, sizes)
-        self._passes.begin(totals, lambda: row.update(self._update(iteration, totals, taken)), **known)
-        self.store.zero_grad()
+        self._passes.read(taken.batches, taken.tables, inputs)
+        self._passes.begin(taken.totals, lambda: row.update(self._update(iteration, taken)), **known)
+        for store in self.stores.values():
+            store.zero_grad()
         self.spans = self.executor.run()
-        return row | self._progress(totals, began) | self._loads
+        return row | self._progress(taken.totals, began) | self._loads
 
     def _note(self, run: Run, made: Outcome) -> None:
         """What one stage made of a microbatch."""
@@ -155,19 +216,23 @@ class Trainer:
             before = self._sums.entropies.get(key, 0)
             self._sums.entropies[key] = before + router.entropy / self._passes.totals.tokens
 
-    def _update(self, iteration: int, totals: Totals, taken: Sequence[Batch]) -> dict[str, Any]:
-        """After the last pass: gradients, what the step reports, and the optimizer."""
+    def _update(self, iteration: int, taken: Taken) -> dict[str, Any]:
+        """After the last pass: gradients, what the step reports, and the optimizers."""
         config = self.config
-        self.store.reduce()
+        for store in self.stores.values():
+            store.reduce()
         parts = self.comm.all_reduce(self._sums.parts.clone())
-        norm = self.store.norm()
+        squares = sum((store.squares() for store in self.stores.values()), start=parts.new_zeros(()))
+        norm = self.comm.all_reduce(squares.double()).sqrt().to(self._master)
         values: dict[str, Any] = dict(zip(PARTS, parts.tolist(), strict=True))
         values |= self._routing()
         row = {"step": iteration, "loss": self._total(values), **values, "grad_norm": norm.item()}
         row["lr"] = learning_rate(iteration, config.optimizer, config.scheduler, config.train.train_iters)
-        self._refuse_nan(row, taken, self._sums.parts)
-        self.optimizer.clip(norm)
-        self.optimizer.step(row["lr"])
+        self._refuse_nan(row, taken.batches, self._sums.parts)
+        for optimizer in self.optimizers.values():
+            optimizer.clip(norm)
+            optimizer.step(row["lr"])
+        self._steps += 1
         counts = self.load.finish(self.comm, config.model.router_bias_update_rate)
         self._loads = load_row(counts, self.load.dropped if config.model.moe_capacity_factor else None)
         return row
@@ -185,7 +250,7 @@ class Trainer:
 
     def _progress(self, totals: Totals, began: float) -> dict[str, Any]:
         """Add the step to what has been done; the part of the row that tells it."""
-        device = self.model.device
+        device = self.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the step ends when its work has, not when it is queued
         seconds = time.perf_counter() - began
@@ -222,12 +287,36 @@ class Trainer:
             )
             raise NotFinite(message, row)
 
+    def adopt(self) -> None:
+        """Begin from the values that were written to what ``pieces`` gave of the model."""
+        for store in self.stores.values():
+            store.adopt()
+
+    def publish(self) -> None:
+        """Go on from master values that were written."""
+        for store in self.stores.values():
+            store.publish()
+
     def pieces(self) -> Iterator[Stored]:
         """What this rank has of everything that a checkpoint holds, by checkpoint name, as views."""
-        shards = self.store.pieces(lambda flat: flat.shard)
-        yield from (replace(piece, name=f"model/{piece.name}") for piece in shards)
-        for spec in self.config.model.params():
-            if spec.buffer and self.mesh.has(spec.name):  # whole and the same on every rank of a stage
-                tensor, owned = self.model.get_buffer(spec.name), self.mesh.first
-                yield Stored(f"model/{spec.name}", tensor, Box.whole(spec.shape), spec.shape, owned)
-        yield from self.optimizer.pieces()
+        for name, member in self.team.members.items():
+            full = member.module.full
+            if name in self.stores:
+                shards = self.stores[name].pieces(lambda flat: flat.shard)
+                yield from (replace(piece, name=f"model/{full(piece.name)}") for piece in shards)
+            yield from (replace(piece, name=f"model/{full(piece.name)}") for piece in resting(member))
+            if name in self.optimizers:
+                yield from self.optimizers[name].pieces(full)
+
+
+def resting(member: Member) -> Iterator[Stored]:
+    """What a rank has of a module that no optimizer changes, under the module's own names."""
+    for spec in member.module.params:
+        if not member.mesh.has(spec.name) or (member.module.trains(spec.name) and not spec.buffer):
+            continue
+        path, _, name = spec.name.rpartition(".")
+        tensor = getattr(member.model.get_submodule(path), name).detach()
+        for held in member.mesh.held(spec):
+            view = tensor[held.local.within(Box.whole(tuple(tensor.shape)))]
+            owned = member.mesh.rank == min(member.mesh.holders(spec, held))
+            yield Stored(spec.name, view, held.box, spec.shape, owned)

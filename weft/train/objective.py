@@ -6,7 +6,7 @@ N_k is the number of targets of depth k in the whole global batch, known before 
 so microbatches and ranks only ever add (docs/design.md, law 2).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,13 @@ from weft.ops.segments import Segments
 from weft.parallel.comm import Comm
 from weft.parallel.mesh import Mesh
 from weft.parallel.together import on_every
+from weft.plan.boundary import Table
+from weft.plan.items import Item, Placed
+from weft.plan.runs import Run as Rows
 from weft.plan.stages import Piece
 from weft.spec.count import mean_context
+from weft.spec.encoder import EncoderConfig
+from weft.train.team import Team
 
 CPU = torch.device("cpu")
 PARTS = ("lm_loss", "mtp_loss", "aux_loss", "z_loss")
@@ -44,21 +49,33 @@ class Totals:
     context: float
 
 
-def take(
-    batches: Iterable[Batch], vocab: int, comm: Comm, mesh: Mesh | None = None
-) -> tuple[list[Batch], Totals, list[list[int]]]:
+@dataclass(frozen=True)
+class Taken:
+    """What a rank reads in a step.
+
+    Attributes:
+        batches: its microbatches; none where it has nothing of the decoder.
+        totals: counts of the global batch.
+        tables: lengths of every microbatch, of all readers, where someone needs them; else empty.
+    """
+
+    batches: list[Batch]
+    totals: Totals
+    tables: list[Table]
+
+
+def take(batches: Iterable[Batch], vocab: int, team: Team, learns: bool = True) -> Taken:
     """Read this rank's microbatches of a step, check them, count those of all ranks; a collective call.
 
-    Of ranks that read the same microbatches, one counts them.
-
-    Returns:
-        This rank's microbatches; counts of the global batch; and, where pipeline ranks differ in layout, the
-        tokens of every sample of each microbatch, of all readers.
+    Of ranks that read the same microbatches, one counts them. ``learns``: there must be a target.
 
     Raises:
         DataError: on every rank, naming rank and samples: ``batches`` failed or was empty, a token id is
             not below ``vocab``, or every label of the global batch is masked.
     """
+    mesh = team.decoder.mesh if team.decoder else None
+    counts = mesh is not None and mesh.leads
+    several = bool(team.plans.decoder.of_stages) or len(team.plans.all) > 1
     taken: list[Batch] = []
 
     def read() -> list[Batch]:
@@ -68,23 +85,59 @@ def take(
             raise
         except Exception as error:
             raise DataError(f"reading the data failed: {error!r}") from error
-        if not taken:
+        if not taken and mesh is not None:
             raise DataError("the data has ended before the last step; lower train.train_iters")
         for batch in taken:
             check_tokens(batch, vocab)
+            check_items(batch, team.modules.encoders)
         return taken
 
-    counts = mesh is None or mesh.leads
-    several = mesh is not None and bool(mesh.whole.of_stages)
-
     def told() -> tuple[Any, ...]:
-        sizes = [batch.windows for batch in read()] if several and counts else []
-        return *_counts(taken or read(), counts), sizes
+        read()
+        reader = mesh.reader if mesh and several and counts else -1
+        return *_counts(taken, counts), reader, [_told(batch) for batch in taken] if reader >= 0 else []
 
-    everyone = on_every(comm, told)
-    readers = [sizes for *_, sizes in everyone if sizes]  # in the order of the samples
-    sizes = [[size for own in parts for size in own] for parts in zip(*readers, strict=True)]
-    return taken, _count([each[:3] for each in everyone], taken, comm), sizes
+    everyone = on_every(team.comm, told)
+    readers = {reader: parts for *_, reader, parts in everyone if reader >= 0}
+    tables = [_table(parts) for parts in zip(*(readers[i] for i in sorted(readers)), strict=True)]
+    return Taken(taken, _count([each[:3] for each in everyone], taken, team.comm, learns), tables)
+
+
+def _told(batch: Batch) -> tuple[Any, ...]:
+    """What other ranks need to know of a microbatch."""
+    return batch.windows, [(*placed.item, placed.places) for placed in batch.items]
+
+
+def _table(parts: Sequence[Sequence[Any]]) -> Table:
+    """A microbatch of all readers, from what each told; JSON has made lists of tuples."""
+    sizes: list[int] = []
+    items: list[Placed] = []
+    for windows, told in parts:
+        before = sum(sizes)
+        sizes += windows
+        for encoder, shapes, rows, ref, places in told:
+            item = Item(encoder, tuple(map(tuple, shapes)), rows, tuple(ref))
+            items.append(Placed(item, tuple(Rows(before + start, length) for start, length in places)))
+    return Table(tuple(sizes), tuple(items))
+
+
+def check_items(batch: Batch, encoders: Mapping[str, EncoderConfig]) -> None:
+    """Refuse items that no encoder reads, or that do not fill their places.
+
+    Raises:
+        DataError: naming the samples, and both numbers.
+    """
+    for item, places in batch.items:
+        if item.encoder not in encoders:
+            known = ", ".join(encoders) or "none"
+            fix = f"the run's encoders are: {known}; add one under encoders, or leave such samples out"
+            raise DataError(f"samples {list(batch.samples)} hold something for {item.encoder!r}; {fix}")
+        filled = sum(run.length for run in places)
+        if filled != item.rows:
+            raise DataError(
+                f"an item of samples {list(batch.samples)} has {item.rows} rows for {filled} placeholder "
+                f"tokens ({item.ref}); make them equal"
+            )
 
 
 def count(batches: Sequence[Batch], comm: Comm) -> Totals:
@@ -103,11 +156,13 @@ def _counts(batches: Sequence[Batch], counts: bool = True) -> tuple[list[int], i
     return targets, sum(lengths), sum(lengths) * mean_context(lengths) if lengths else 0.0
 
 
-def _count(everyone: Sequence[Sequence[Any]], mine: Sequence[Batch], comm: Comm) -> Totals:
+def _count(
+    everyone: Sequence[Sequence[Any]], mine: Sequence[Batch], comm: Comm, learns: bool = True
+) -> Totals:
     targets, tokens, keys = zip(*everyone, strict=True)
-    depths = tuple(sum(depth) for depth in zip(*targets, strict=True))
-    totals = Totals(depths, sum(tokens), sum(keys) / sum(tokens))
-    if totals.targets[0] == 0:
+    depths = tuple(sum(depth) for depth in zip(*(own for own in targets if own), strict=True))
+    totals = Totals(depths, sum(tokens), sum(keys) / max(1, sum(tokens)))
+    if learns and totals.targets[0] == 0:
         raise DataError(
             f"all {totals.tokens} labels of the global batch are masked ({who_read(mine, comm)}): nothing to "
             "learn from; check the loss mask of the data"
@@ -146,7 +201,7 @@ class Run:
     """This rank's part of the tokens of a microbatch, on the device.
 
     Attributes:
-        tokens: token ids.
+        tokens: token ids, -1 where an encoder's row comes.
         future: see ``Batch``.
         mask: which targets count.
         segments: documents.
@@ -166,9 +221,13 @@ def to_device(batch: Batch, device: torch.device = CPU, mesh: Mesh | None = None
     if mesh and mesh.layout.grid.size("cp") > 1:
         segments = segments.part(mesh.layout.tokens(segments.tokens), mesh.part)
     here = slice(segments.start, segments.start + segments.tokens)
+    ids = batch.tokens.copy() if batch.items else batch.tokens
+    for placed in batch.items:  # rows of an encoder come there
+        for run in placed.places:
+            ids[run.start : run.stop] = -1
     numbers = [np.arange(n) + (sample << 32) for sample, n in zip(batch.samples, batch.windows, strict=True)]
     places = np.concatenate([np.zeros(0, np.int64), *numbers])
-    arrays = (batch.tokens[here], batch.future[:, here], batch.mask[:, here], places[here])
+    arrays = (ids[here], batch.future[:, here], batch.mask[:, here], places[here])
     tokens, future, mask, where = (torch.from_numpy(a).to(device, non_blocking=True) for a in arrays)
     return Run(tokens, future, mask, segments, where)
 
@@ -198,7 +257,7 @@ def whole(model: HybridLM) -> Piece:
 def stage_objective(
     model: HybridLM, piece: Piece, x: Tensor | None, run: Run, totals: Totals, chunk: int, **known: Any
 ) -> Outcome:
-    """One stage's share of ``objective``; ``x`` is the residual stream before it (None before the table)."""
+    """One stage's share of ``objective``; ``x`` is the residual stream before its layers (None: embed)."""
     ctx = model.context(run.segments, places=run.places, **known)
     x = model.through(model.embed(run.tokens) if x is None else x, piece.layers, ctx)
     if piece.last:

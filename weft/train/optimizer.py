@@ -1,6 +1,6 @@
 """AdamW on the store's shards, and the router's correction bias."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -47,7 +47,7 @@ class Optimizer:
         self.adamw.step()
         self.store.publish()
 
-    def pieces(self) -> Iterator[Stored]:
+    def pieces(self, full: Callable[[str], str]) -> Iterator[Stored]:
         """What this rank has of moments, and of master values where they differ, by checkpoint name."""
         for flat in self.store.flats:
             state = self.adamw.state[flat.master]
@@ -56,7 +56,7 @@ class Optimizer:
                 values["master"] = flat.master
             for kind, tensor in values.items():
                 for piece in flat.pieces(tensor):
-                    yield replace(piece, name=f"optimizer/{kind}/{piece.name}")
+                    yield replace(piece, name=f"optimizer/{kind}/{full(piece.name)}")
 
     @property
     def steps(self) -> int:
@@ -77,8 +77,10 @@ class RouterLoad:
         dropped: of the step that ``finish`` ended, the choices of each layer that had no room.
     """
 
-    def __init__(self, model: HybridLM) -> None:
-        self.model = model
+    def __init__(self, model: HybridLM | None, device: torch.device) -> None:
+        self.device = device
+        self._units = model.units() if model else {}
+        self._physical_depths = len(model.config.mtp) if model else 0
         self.counts: dict[str, Tensor] = {}
         self.dropped: dict[str, Tensor] = {}
         self._drops: dict[str, Tensor] = {}
@@ -92,16 +94,14 @@ class RouterLoad:
 
     def _physical(self, key: str) -> str:
         part, depth, *rest = key.split(".")
-        depths = len(self.model.config.mtp)
-        return ".".join(["mtp", str(int(depth) % depths), *rest]) if part == "mtp" else key
+        return ".".join(["mtp", str(int(depth) % self._physical_depths), *rest]) if part == "mtp" else key
 
     def finish(self, comm: Comm, rate: float) -> dict[str, Tensor]:
         """Sum over ranks, move every bias by ``rate * sign(mean - count)``, return the counts."""
         if comm.size > 1:
             self._sum(comm)
-        units = self.model.units()
         for name, counts in self.counts.items() if rate else ():
-            moe = getattr(units.get(name), "mixer", None)
+            moe = getattr(self._units.get(name), "mixer", None)
             if isinstance(moe, MoE):
                 above = len(counts) * counts - counts.sum()  # whole numbers: an even load moves nothing
                 moe.router.bias -= rate * above.sign().to(moe.router.bias.dtype)
@@ -117,7 +117,7 @@ class RouterLoad:
         names = sorted(sizes, key=in_order)
         if not names:
             return
-        device = self.model.device
+        device = self.device
         none = {name: torch.zeros(sizes[name] + 1, dtype=torch.int64, device=device) for name in names}
         own = {
             n: torch.cat([self.counts[n], self._drops[n].view(1)]) if n in self.counts else none[n]

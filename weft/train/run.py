@@ -13,26 +13,24 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from weft.build.model import assemble
+from weft.build.model import drawn
 from weft.checkpoint.hf import export_hf
 from weft.checkpoint.model import load_model
 from weft.config.errors import ConfigError, Problem
 from weft.config.load import to_dict, to_yaml
 from weft.data.batch import Batch
-from weft.data.corpus import Corpus, build_corpus
-from weft.data.order import Loader
 from weft.data.prefetch import prefetch
 from weft.models.hf_hybrid import unpublishable
 from weft.ops.memory import keep_freed_memory
 from weft.parallel.comm import Comm
 from weft.parallel.launch import connected
-from weft.parallel.mesh import Mesh
 from weft.parallel.together import on_chief, on_every
 from weft.parallel.watchdog import Watchdog
 from weft.plan.check import check_run, executable
-from weft.plan.layout import plan_of_run
-from weft.plan.step import schedule_of
+from weft.plan.plans import plans_of_run
+from weft.plan.step import step_of
 from weft.spec.count import count
+from weft.spec.precision import PRECISIONS
 from weft.spec.run import RunConfig
 from weft.train.environment import environment
 from weft.train.evaluate import evaluate
@@ -43,6 +41,8 @@ from weft.train.progress import Progress, show_summary
 from weft.train.report import write_report
 from weft.train.sample import sample
 from weft.train.saving import Saving
+from weft.train.source import Source, open_source
+from weft.train.team import assembled
 from weft.train.timeline import Part, compare, part, write_timelines
 
 SAMPLED_PARAMETERS = 10**9  # of a model that ranks share, the most that one of them loads to show a sample
@@ -66,7 +66,7 @@ def check_plan(config: RunConfig, world: int) -> None:
     Raises:
         ConfigError: every problem at once.
     """
-    problems = check_run(config, world) or executable(plan_of_run(config, world))
+    problems = check_run(config, world) or executable(plans_of_run(config, world).decoder)
     if problems:
         raise ConfigError(problems)
 
@@ -103,7 +103,7 @@ class Run:
     ) -> None:
         self.config, self.comm, self.device, self.beat = config, comm, device, beat
         check_plan(config, comm.size)
-        self.mesh = Mesh(plan_of_run(config, comm.size), comm)
+        self.plans = plans_of_run(config, comm.size)
         self.dir = config.directory
         self.chief = comm.rank == 0
         self.peak = 0.0
@@ -112,10 +112,10 @@ class Run:
         if self.corpus.tokenizer:
             self.saving.tokenizer = self.corpus.tokenizer.fingerprint
         self.saving.check()
-        model = assemble(config.model, config.train.precision, device, config.run.seed, self.mesh)
-        blend, data = self.corpus.splits["train"], config.data
-        loader = Loader(blend, data.seq_length, config.model.depths, config.run.seed, self.saving.position())
-        self.trainer = Trainer(config, model, loader, self.mesh)
+        values = drawn(config.run.seed)
+        team = assembled(self.plans, config.modules, comm, config.train.precision, device, values)
+        loader = self.corpus.loader(config, self.saving.position())
+        self.trainer = Trainer(config, team, loader, self.corpus.fetch)
         self.first = self.saving.restore(self.trainer)
         if self.chief:
             self._tell(loader.changes)
@@ -127,13 +127,13 @@ class Run:
         """Whether the run was resumed with nothing left to do, its results included."""
         return self.first >= self.config.train.train_iters and (self.dir / "summary.json").is_file()
 
-    def _corpus(self) -> Corpus:
+    def _corpus(self) -> Source:
         """Rank 0 tokenizes; the others find its work in the cache. A resumed run keeps its tokenizer."""
         data, kept = self.config.data, self.saving.kept_tokenizer()
         if kept and not data.tokenizer.path:
             data = replace(data, tokenizer=replace(data.tokenizer, path=str(kept)))
-        build = partial(build_corpus, data, self.config.model.vocab_size, self.config.cache)
-        built: list[Corpus] = []
+        build = partial(open_source, self.config, data)
+        built: list[Source] = []
         on_chief(self.comm, lambda: built.append(build(_say)))
         on_every(self.comm, lambda: None if built else built.append(build()))
         return built[0]
@@ -142,8 +142,8 @@ class Run:
         source, last = self.saving.source, self.config.train.train_iters
         for change in changes:
             _say(change)
-        for problem in unpublishable(self.config.model):
-            _say(f"no Hugging Face export of this run: model.{problem}")
+        for problem in self._unpublishable():
+            _say(f"no Hugging Face export of this run: {problem}")
         if source is None:
             return
         left = last - self.first
@@ -151,6 +151,11 @@ class Run:
         _say(f"resumed from {source.path} at step {self.first} of {last}: {rest}")
         for change in self.saving.changes():
             _say(f"  changed since then: {change}")
+
+    def _unpublishable(self) -> list[str]:
+        if self.config.encoders:
+            return ["encoders are kept in checkpoints only by this version"]
+        return [f"model.{problem}" for problem in unpublishable(self.config.model)]
 
     def _write_settings(self, origins: dict[str, str]) -> None:
         replace_text(self.dir / "config.yaml", to_yaml(self.config))
@@ -237,27 +242,35 @@ class Run:
 
     def _measure_peak(self) -> None:
         """FLOP/s of this rank's device; the best of several moments, for other work only ever slows one."""
-        dtype, told = next(self.trainer.model.parameters()).dtype, self.config.logger.peak_flops
+        dtype: torch.dtype = getattr(torch, PRECISIONS[self.config.train.precision].params)
+        told = self.config.logger.peak_flops
         self.peak = told or max(self.peak, measure_peak(self.device, dtype))
 
     def _evaluate(self, limit: int = 0) -> dict[str, Any]:
         config, split = self.config, self.corpus.splits["valid"]
-        windows = split.windows(
-            config.data.seq_length,
-            config.model.depths,
-            config.train.micro_batch_size * self.mesh.whole.readers,
-            part=self.mesh.reader,
-            parts=self.mesh.layout.readers,
-            limit=limit * config.train.micro_batch_size,
+        team, grid = self.trainer.team, self.plans.decoder
+        windows = (
+            split.windows(
+                config.data.seq_length,
+                config.model.depths,
+                config.train.micro_batch_size * grid.readers,
+                part=team.decoder.mesh.reader,
+                parts=team.decoder.mesh.layout.readers,
+                limit=limit * config.train.micro_batch_size,
+            )
+            if team.decoder
+            else ()
         )
-        result = evaluate(self.trainer.model, self._beating(windows), self.mesh, config.train.loss_chunk)
+        graded = self.corpus.graded
+        result = evaluate(team, self._beating(windows), config.train.loss_chunk, self.corpus.fetch, graded)
         bits = result.bits_per_byte(split.tokens, split.bytes)
-        return {"valid_loss": result.loss, "valid_bits_per_byte": bits, "valid_tokens": result.tokens}
+        told = {"valid_loss": result.loss, "valid_bits_per_byte": bits, "valid_tokens": result.tokens}
+        return told | ({"valid_accuracy": result.accuracy} if graded else {})
 
     def _beating(self, windows: Iterable[Batch]) -> Iterator[Batch]:
         """The same windows; each one taken shows that this rank gets on."""
         for window in windows:
-            self.beat(self.trainer.optimizer.steps, "evaluation")
+            self.beat(self.trainer.steps, "evaluation")
             yield window
 
     def _out_of_time(self, began: float) -> bool:
@@ -267,16 +280,17 @@ class Run:
 
     def _finish(self) -> Path:
         valid = self._evaluate() if "valid" in self.corpus.splits else {}
-        self.beat(self.trainer.optimizer.steps, "closing")
+        self.beat(self.trainer.steps, "closing")
         trainer = self.trainer
-        told = self.config.plan.schedule.trace and self.mesh.first and trainer.spans
+        first = trainer.team.rank == self.plans.seats[trainer.team.seat][0]
+        told = self.config.plan.schedule.trace and first and trainer.spans
         parts = self.comm.gather_objects(part(trainer.spans, trainer.executor.peak) if told else None)
         on_chief(self.comm, lambda: self._close(valid, [own for own in parts if own]))
         return self.dir
 
     def _close(self, valid: dict[str, Any], parts: list[Part]) -> None:
         """Summary and report first, so that an export that fails loses neither."""
-        exports = self.config.checkpoint.save and not unpublishable(self.config.model)
+        exports = self.config.checkpoint.save and not self._unpublishable()
         summary = self._summary(valid, exports)
         write_json(self.dir / "summary.json", summary)
         if parts:
@@ -289,16 +303,15 @@ class Run:
     def _write_timelines(self, parts: list[Part]) -> None:
         """The last step as it ran, and simulated with the costs that were measured."""
         config, trainer = self.config.plan.schedule, self.trainer
-        microbatches = self.mesh.whole.microbatches(self.config.train)
-        ran = schedule_of(config, trainer.pipeline.cut, microbatches, trainer.store.level)
-        write_timelines(self.dir, trainer.optimizer.steps, config.file or config.kind, compare(parts, *ran))
+        ran = step_of(self.plans, self.config.modules, config, trainer.microbatches)
+        write_timelines(self.dir, trainer.steps, config.file or config.kind, compare(parts, *ran))
 
     def _sample(self) -> dict[str, str]:
         """Text that the model makes: of the model in memory, or of its checkpoint where ranks share it."""
-        layout, config = self.mesh.layout, self.config
+        layout, config, lm = self.plans.decoder.decoder, self.config, self.trainer.team.lm
         whole = layout.plane.size == 1 and layout.grid.size("pp") == 1
-        if whole and layout.store.level < 3:
-            return sample(self.trainer.model, self.corpus.tokenizer, config)
+        if lm and whole and layout.store.level < 3:
+            return sample(lm, self.corpus.tokenizer, config)
         if not config.checkpoint.save or count(config.model).total > SAMPLED_PARAMETERS:
             return {}
         model, _ = load_model(self.dir, config.train.precision, self.device)

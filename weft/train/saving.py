@@ -105,16 +105,16 @@ class Saving:
         return done
 
     def _fill(self, trainer: Trainer, source: Checkpoint) -> int:
-        match(source, self.config.model.params(), "model/")
+        match(source, self.config.modules.params(), "model/")
         weights_only = "optimizer_steps" not in source.meta  # an import: a new run begins from it
         for piece in trainer.pieces():
             if not weights_only or piece.name.startswith("model/"):
                 piece.tensor.copy_(source.read(piece.name, piece.box))
         if weights_only:
-            trainer.store.adopt()
+            trainer.adopt()
             return 0
-        trainer.store.publish()
-        trainer.optimizer.steps = source.meta["optimizer_steps"]
+        trainer.publish()
+        trainer.steps = source.meta["optimizer_steps"]
         trainer.samples, trainer.tokens = source.meta["samples"], source.meta["tokens"]
         trainer.seconds = source.meta["seconds"]
         torch.set_rng_state(source.read("rng/torch"))
@@ -149,7 +149,7 @@ class Saving:
             "samples": trainer.samples,
             "tokens": trainer.tokens,
             "seconds": trainer.seconds,
-            "optimizer_steps": trainer.optimizer.steps,
+            "optimizer_steps": trainer.steps,
         }
         write = self.background.save if self.background else save
         write(self.root, step, pieces, meta, self.writers, self.config.checkpoint.most_recent_k)

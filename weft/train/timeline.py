@@ -126,7 +126,7 @@ def settled(line: Timeline, schedule: Schedule) -> Timeline:
     for rank, _, action, start, end in line.spans:
         if action.op in ("POST", "STEP"):
             starts[action] = max(starts[action], start)
-        elif action.op == "WAIT" and home[action.unit if action.back else action.target] == rank:
+        elif action.op == "WAIT" and rank in home[action.unit if action.back else action.target]:
             ends[action._replace(op="POST")] = end
         elif action.op == "W" and action[1:3] in whole:
             starts[action] = ends[action] = ends[action._replace(op="B")] = end
@@ -162,7 +162,7 @@ def transfers(schedule: Schedule, line: Timeline) -> Seconds:
     home = schedule.graph.home
     shortest: dict[Channel, float] = {}
     for rank, _, action, start, end in line.spans:
-        if action.op == "POST" and home[action.unit] == rank:
+        if action.op == "POST" and rank in home[action.unit]:
             key = channel(action)
             shortest[key] = min(shortest.get(key, end - start), end - start)
     return lambda post: shortest[channel(post)]

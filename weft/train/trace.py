@@ -23,14 +23,17 @@ from weft.parallel.comm import Comm, SingleComm
 from weft.parallel.executor import Executor, Made
 from weft.parallel.mesh import Mesh, mesh_of
 from weft.parallel.threads import run_threads
+from weft.plan.boundary import Table
 from weft.plan.placing import complete
-from weft.plan.schedule import Action, Edge, Graph, Schedule
+from weft.plan.schedule import Action, Graph, Schedule
 from weft.plan.shard import share
+from weft.plan.stages import Piece as Stage
 from weft.spec.hybrid import HybridConfig
 from weft.spec.layout import PlanConfig
 from weft.spec.param import Dim, ParamSpec, dim
 from weft.train.objective import PARTS, Totals, count, stage_objective
-from weft.train.passes import Pipeline, Stages
+from weft.train.passes import Stages, Values
+from weft.train.team import Team, decoder_only
 
 Name = tuple[str, str]
 """A unit (``layers.3``) and a tensor inside it (``mixer.in_proj``)."""
@@ -111,13 +114,14 @@ def run_plan(plan: PlanConfig, ranks: int, step: Step) -> Trace:
         batch = join(step.samples[mine.start : mine.stop])
         full = tuple(sizes[: len(share(len(sizes), mesh.layout.readers, 0))])
         before = sum(len(sample.tokens) for sample in step.samples[: mine.start])
-        work_here = _Once(Pipeline.of(model, mesh), totals, step, full)
-        work_here.read([batch], [[len(sample.tokens) for sample in step.samples]])
+        team = decoder_only(model, mesh)
+        work_here = _Once(team, totals, step, full)
+        work_here.read([batch], [Table(tuple(len(sample.tokens) for sample in step.samples))])
         run = work_here.run(0)
         weights = _parameters(model, mesh, lambda tensor: tensor)
         recorder = _Recorder(model, mesh, len(run.tokens), before + run.segments.start)
         work_here.recorder = recorder
-        Executor(_once(work_here.links.graph), mesh.position, work_here).run()
+        Executor(_once(team.cut.graph), mesh.position, work_here).run()
         losses = {
             ("head", name): _piece(mesh.rank, torch.arange(1), torch.arange(1), part)
             for name, part in zip(PARTS, work_here.parts, strict=True)
@@ -132,7 +136,7 @@ def run_plan(plan: PlanConfig, ranks: int, step: Step) -> Trace:
 
 def _once(graph: Graph) -> Schedule:
     """One microbatch, forward and back."""
-    stages = [graph.at(rank) for rank in range(graph.ranks)]
+    stages = [graph.at(rank) for rank in range(graph.seats)]
     forward = [[Action("F", stage, 0) for stage in own] for own in stages]
     back = [[Action(op, stage, 0) for stage in reversed(own) for op in ("B", "W")] for own in stages]
     return complete(graph, tuple((*f, *b) for f, b in zip(forward, back, strict=True)))
@@ -141,15 +145,19 @@ def _once(graph: Graph) -> Schedule:
 class _Once(Stages):
     """One pass of one microbatch; gradients stay on each rank."""
 
-    def __init__(self, pipeline: Pipeline, totals: Totals, step: Step, full: tuple[int, ...]) -> None:
-        super().__init__(pipeline)
+    def __init__(self, team: Team, totals: Totals, step: Step, full: tuple[int, ...]) -> None:
+        super().__init__(team, team.cut.graph)
         self.parts = torch.zeros(len(PARTS), dtype=torch.float64)
         self.recorder: _Recorder
         self._objective = partial(stage_objective, totals=totals, chunk=step.chunk, seed=step.seed, full=full)
 
-    def forward(self, stage: str, microbatch: int, inputs: Mapping[Edge, Tensor]) -> Made:
-        x, self.recorder.stage = next(iter(inputs.values()), None), int(stage)
-        made = self._objective(self.model, self.pieces[stage], x, self.run(microbatch))
+    def forward(self, stage: str, index: int, inputs: Values) -> Made:
+        self.recorder.stage = int(stage)
+        return super().forward(stage, index, inputs)
+
+    def decode(self, stage: str, piece: Stage, microbatch: int, x: Tensor | None) -> Made:
+        assert self.team.lm is not None  # noqa: S101 - a stage of it runs
+        made = self._objective(self.team.lm, piece, x, self.run(microbatch))
         self.parts += made.parts
         return Made(self.outputs(stage, made.x), made.loss)
 

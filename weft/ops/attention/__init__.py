@@ -1,18 +1,20 @@
-"""Causal grouped-query attention inside documents (arXiv 1706.03762; grouped: arXiv 2305.13245)."""
+"""Attention (arXiv 1706.03762): causal inside documents (grouped: arXiv 2305.13245), whole in encoders."""
 
 from collections.abc import Sequence
 
 from jaxtyping import Float
 from torch import Tensor
 
-from weft.ops.attention import fast, reference, runs
+from weft.ops.attention import fast, reference, runs, whole
 from weft.ops.backend import pick
 from weft.ops.segments import Segments
+from weft.plan import items
 from weft.plan.runs import Piece
 
 BACKENDS = {"reference": reference.attend, "fast": fast.attend}
 CACHED_BACKENDS = {"reference": reference.attend_cached, "fast": fast.attend_cached}
 RUNS_BACKENDS = {"reference": runs.dense_attend, "fast": runs.attend}
+PIECES_BACKENDS = {"reference": whole.attend_slowly, "fast": whole.attend}
 RUNS_BACKWARD_BACKENDS = {"reference": runs.dense_backward, "fast": runs.attend_backward}
 
 
@@ -99,3 +101,26 @@ def attend_runs_backward(
     ``out`` and ``lse`` are the final ones of the queries, over all their keys; ``grad`` is that of ``out``.
     """
     return pick("attention", RUNS_BACKWARD_BACKENDS)(grad, out, lse, q, k, v, pieces, scale)
+
+
+def attend_pieces(
+    q: Float[Tensor, "queries heads head_dim"],
+    k: Float[Tensor, "keys heads head_dim"],
+    v: Float[Tensor, "keys heads head_dim"],
+    pieces: Sequence[items.Piece],
+    scale: float,
+    bias: whole.Bias | None = None,
+) -> Float[Tensor, "queries heads head_dim"]:
+    """``softmax(scale q k^T + bias) v`` of the rows of each piece over all rows of its sequence, both ways.
+
+    Args:
+        q: queries: the rows of the pieces, one after another.
+        k: keys: the whole sequence of each piece, one after another (``Pieces.reach(None)``).
+        v: values of the same rows.
+        pieces: what is here; none, or pieces without rows, are allowed.
+        scale: factor on the scores.
+        bias: ``bias(i, rows)`` is added to the scores of these queries of piece ``i``, counted from the
+            piece's first: ``[heads, queries, keys]``, with gradients. It is called once or more for each
+            block of queries, and again in the backward pass.
+    """
+    return pick("attention", PIECES_BACKENDS)(q, k, v, pieces, scale, bias)

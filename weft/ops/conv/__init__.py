@@ -1,14 +1,18 @@
-"""Depthwise causal convolution with SiLU, as in Mamba-2 (arXiv 2405.21060, section 7)."""
+"""Depthwise convolutions: causal with SiLU, as in Mamba-2 (arXiv 2405.21060, section 7), and over pieces."""
+
+from collections.abc import Sequence
 
 from jaxtyping import Float
 from torch import Tensor
 
 from weft.ops.backend import pick
-from weft.ops.conv import fast, reference
+from weft.ops.conv import around, fast, reference
 from weft.ops.segments import Segments
+from weft.plan.items import Piece
 
 BACKENDS = {"reference": reference.causal_conv, "fast": fast.causal_conv}
 STEP_BACKENDS = {"reference": reference.conv_step, "fast": fast.conv_step}
+PIECES_BACKENDS = {"reference": reference.depthwise, "fast": around.depthwise}
 
 
 def causal_conv(
@@ -43,3 +47,20 @@ def conv_step(
 ) -> Float[Tensor, "seqs channels"]:
     """``causal_conv`` of one token per sequence; ``state`` (the last inputs) moves on in place."""
     return pick("conv", STEP_BACKENDS)(state, x, weight, bias)
+
+
+def depthwise(
+    x: Float[Tensor, "around channels"],
+    weight: Float[Tensor, "channels taps"],
+    bias: Float[Tensor, " channels"] | None,
+    pieces: Sequence[Piece],
+) -> Float[Tensor, "rows channels"]:
+    """``bias + sum_k weight[:, k] x[t - taps // 2 + k]`` for the rows t of each piece; zeros past a sequence.
+
+    Args:
+        x: rows of ``reach(piece, taps // 2)`` of each piece.
+        weight: an odd number of taps, in the order of the rows.
+        bias: added, if there is one.
+        pieces: which rows come out; several may be of one sequence.
+    """
+    return pick("conv", PIECES_BACKENDS)(x, weight, bias, pieces)

@@ -1,0 +1,1 @@
+"""Pictures, videos and sounds: where their bytes lie, how they are decoded, what encoders read of them."""
