@@ -106,9 +106,7 @@ def theirs(made: Modules) -> Any:
         return NemotronH_Omni_Reasoning_V3(NemotronH_Omni_Reasoning_V3_Config(**write_config(made)))
 
 
-MTP = replace(
-    scaled(TINY, final_norm=True), decoder=replace(TINY.decoder, pattern="ME*/*E", mtp_num_depths=1)
-)
+MTP = replace(scaled(TINY, final_norm=True), decoder=replace(TINY.decoder, pattern="ME*/*E"))
 SILENT = replace(scaled(TINY), encoders={"vision": scaled(TINY).encoders["vision"]})
 
 

@@ -15,6 +15,7 @@ import torch
 from tests.gangs import Gangs, threads
 from tests.parallel import nets
 from tests.parallel.graphs import any_schedule
+from tests.plan import looms
 from tests.plan.mutants import valid
 from weft.parallel.comm import Comm
 from weft.parallel.executor import Executor
@@ -91,6 +92,57 @@ def test_valid_lists() -> None:
     assert swept("valid", 0, 3)["list ran"] > 70
 
 
+SEATS = [pytest.param(first, 200, marks=pytest.mark.slow) for first in range(100, 900, 200)]
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 60), *SEATS])
+@pytest.mark.parametrize("sort", ["seats", "woven"])
+def test_seats_groups_frozen_routed_and_joined(sort: str, first: int, count: int) -> None:
+    """Any order of any graph that has all of these; encoders woven into the lists of a decoder."""
+    assert swept(sort, first, count)["list ran"] > 0.8 * count
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 12), pytest.param(50, 200, marks=pytest.mark.slow)])
+def test_mutants_of_woven_lists(first: int, count: int) -> None:
+    verdicts = swept("torn", first, count)
+    assert sum(verdicts.values()) == 3 * count
+    assert verdicts["swap ran"] > 0.1 * count
+
+
+def test_evaluation_with_encoders() -> None:
+    """Without gradients, group by group; the loss is that of the oracle."""
+    for seed in range(6):
+        graph = looms.drawn(random.Random(seed)).loom.graph
+        schedule = forward_only(graph, 5)
+
+        def run(comm: Comm, schedule: Schedule = schedule) -> tuple[float, int, list[str]]:
+            net = nets.Net(schedule, comm)
+            made = nets.executor(schedule, net)
+            with torch.no_grad():
+                made.run()
+            return net.loss, made.peak, nets.left_over(made)
+
+        results = threads(graph.seats, run, timeout=TIMEOUT)
+        assert sum(loss for loss, *_ in results) == pytest.approx(nets.oracle(graph, 5)[0], rel=1e-12)
+        assert [rest for _, *rest in results] == [[0, []]] * graph.seats
+
+
+def test_microbatches_without_rows() -> None:
+    """Nothing to encode: empty tensors travel through the same lists."""
+    made = looms.drawn(random.Random(8))
+    schedule = made.schedule("lead")
+
+    def run(comm: Comm) -> tuple[float, dict[str, torch.Tensor], list[str]]:
+        net = nets.Net(schedule, comm, rows=lambda stage, i: 0 if i else nets.rows(stage, i))
+        executor = nets.executor(schedule, net)
+        executor.run()
+        return net.loss, net.gradients, nets.left_over(executor)
+
+    assert schedule.microbatches > 1
+    results = threads(len(schedule.lists), run, timeout=TIMEOUT)
+    assert not nets.faults(results, schedule.graph, 1)
+
+
 SLOW = [pytest.param(first, 200, marks=pytest.mark.slow) for first in range(100, 2100, 200)]
 
 
@@ -110,6 +162,8 @@ GLOO = {
     "towers": lambda: towers(resident=3),
     "zbv": lambda: of_kind("zbv", 3, 6, resident=5),
     "interleaved": lambda: of_kind("interleaved", 3, 5, level=3, gather="stage"),
+    "seats": lambda: any_schedule(13, simple=False),
+    "woven": lambda: looms.drawn(random.Random(8)).schedule("bubble"),
 }
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
+from tests.plan.looms import weaves
 from weft.plan.pipelines import KINDS, compute
 from weft.plan.placing import complete
 from weft.plan.schedule import Action, Edge, Graph, Schedule
@@ -12,7 +13,7 @@ from weft.plan.schedule import Action, Edge, Graph, Schedule
 
 @cache
 def valid() -> dict[str, Schedule]:
-    """More than 200 by name, of all kinds and several sizes, and of a graph that is no chain."""
+    """More than 200 by name: of all kinds and sizes, with encoders, and of a graph that is no chain."""
     return dict(_valid())
 
 
@@ -28,6 +29,7 @@ def _valid() -> Iterator[tuple[str, Schedule]]:
                     yield f"{kind} {ranks} {virtual} {count} {form}", complete(graph, lists, **form)
     yield "no lookahead", complete(*compute("1f1b", 3, 1, 4), lookahead=0)
     yield "offload", complete(*compute("1f1b", 3, 1, 4), resident=2)
+    yield from weaves(30).items()
     for count in (1, 2, 3, 5):
         yield f"diamond {count}", diamond(count)
 

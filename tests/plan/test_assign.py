@@ -59,7 +59,7 @@ def test_large_sequences_are_cut_and_others_stay_near() -> None:
 def test_mistakes_are_told() -> None:
     with pytest.raises(ValueError, match="cannot go to 3 bins in 2s"):
         assign([1.0], 3, rows=[1], cp=2)
-    with pytest.raises(ValueError, match=r"1 sequences, told of as \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"told of as \[1, 2\]"):
         assign([1.0], 2, rows=[1, 2])
 
 

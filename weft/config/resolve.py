@@ -90,7 +90,8 @@ def resolve(base: C, layers: Sequence[Layer], origin: str) -> Resolved[C]:
     if config is None or problems or unread:
         raise ConfigError([*unread, *(located(problem, given) for problem in problems)])
     origins |= given
-    return Resolved(config, {path: origins[path] for path, _ in leaves(to_dict(config))})
+    found = {path: origins.get(path, "default") for path, _ in leaves(to_dict(config))}
+    return Resolved(config, found)
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -109,6 +109,14 @@ class PackedSplit:
         made = join([self.document(document, depths) for document in documents])
         return replace(made, samples=(sample,), sizes=(len(made.tokens),))
 
+    def packed(self, seq_length: int) -> Windows:
+        """The documents of each window that ``windows`` gives, by the window's number.
+
+        Raises:
+            DataError: a document is longer than ``seq_length``.
+        """
+        return pack(self.lengths, np.arange(self.documents), seq_length)
+
     def windows(
         self, seq_length: int, depths: int, count: int, *, part: int = 0, parts: int = 1, limit: int = 0
     ) -> Iterator[Batch]:
@@ -120,7 +128,7 @@ class PackedSplit:
         Raises:
             DataError: a document is longer than ``seq_length``.
         """
-        plan = pack(self.lengths, np.arange(self.documents), seq_length)
+        plan = self.packed(seq_length)
         total = len(plan)
         take = min(total, limit) if limit else total
         for head in range(0, take, count):

@@ -5,6 +5,11 @@ another, from a multiple of ``cp`` on, may share sequences. Assignment is a pure
 knows of a step, so all ranks come to the same without a word; routes then bring rows to where tokens are, so
 neither the order of samples nor the loss depends on it. (Balancing after batches are formed: arXiv
 2503.23830; here large sequences are cut as well.)
+
+The rule: the costliest come first. A sequence of more than a quarter of what bins have on average is cut
+evenly into as few parts as cost less, at most ``cp``, for the least loaded bins of a group: of that which
+consumes it if these have room, else of the least loaded. Any other goes to the bin that consumes it if that
+has room, else to the least loaded. There is room for 1% more than the average. Ties go to the first.
 """
 
 import heapq
@@ -82,13 +87,7 @@ def assign(
     skip: int | Sequence[int] = 0,
     together: Sequence[int] | None = None,
 ) -> Bins:
-    """The pieces of each bin, in the order of their sequences.
-
-    Sequences are dealt out from the costliest to the cheapest. One that costs more than a quarter of what
-    bins have on average is cut evenly into as few parts as cost less, at most ``cp``, for the least loaded
-    bins of a group: of the one that consumes it where those have room, else of the least loaded. Any other
-    goes to the bin that consumes it if that has room, else to the least loaded. There is room for 1% more
-    than the average. Ties go to the first. Takes O(n log n).
+    """The pieces of each bin, in the order of their sequences; the rule is above. Takes O(n log n).
 
     Args:
         costs: of sequences; of a part, as much as it has of the rows.
@@ -103,16 +102,10 @@ def assign(
     Raises:
         ValueError: not so many numbers as sequences, or bins that are no multiple of ``cp``.
     """
-    count = len(costs)
-    near = near if near is not None else [-1] * count
-    together = together if together is not None else [-1] * count
-    grains = [grain] * count if isinstance(grain, int) else grain
-    skips = [skip] * count if isinstance(skip, int) else skip
-    lengths = {len(rows), len(near), len(together), len(grains), len(skips)}
-    if bins < 1 or bins % cp or lengths != {count}:
-        raise ValueError(
-            f"{count} sequences, told of as {sorted(lengths)}, cannot go to {bins} bins in {cp}s"
-        )
+    grains, skips, near, together = (_each(one, costs) for one in (grain, skip, near, together))
+    lengths = {len(one) for one in (costs, rows, near, together, grains, skips)}
+    if bins < 1 or bins % cp or len(lengths) > 1:
+        raise ValueError(f"sequences told of as {sorted(lengths)} cannot go to {bins} bins in {cp}s")
     mean = sum(costs) / bins
     loads = _Loads(bins, cp, mean * (1 + 1 / SLACK))
     given: list[list[Piece]] = [[] for _ in range(bins)]
@@ -122,13 +115,13 @@ def assign(
         parts = min(cp, -int(-cost * PARTS // mean), units) if together[first] < 0 and mean else 1
         if parts > 1:
             pieces = _cut(first, rows[first], parts, (skips[first], grains[first]))
-            for place, piece in zip(loads.several(parts, cost, home), pieces, strict=True):
-                given[place].append(piece)
-                loads.add(place, cost * piece.rows / piece.whole)
+            places = loads.several(parts, cost, home)
         else:
-            place = loads.one(cost, home)
-            given[place] += [Piece(i, 0, rows[i], rows[i]) for i in sequences]
-            loads.add(place, cost)
+            pieces = [Piece(i, 0, rows[i], rows[i]) for i in sequences]
+            places = [loads.one(cost, home)] * len(pieces)
+        for place, piece in zip(places, pieces, strict=True):
+            given[place].append(piece)
+            loads.add(place, costs[piece.sequence] * (piece.rows / piece.whole if parts > 1 else 1))
     return tuple(tuple(sorted(pieces)) for pieces in given)
 
 
@@ -149,6 +142,12 @@ def loads_of(assigned: Bins, costs: Sequence[float]) -> list[float]:
 def spread(loads: Sequence[float]) -> float:
     """The greatest load over the mean: how much longer a step takes than it would if all were even."""
     return max(loads) * len(loads) / sum(loads) if sum(loads) else 1.0
+
+
+def _each(value: int | Sequence[int] | None, costs: Sequence[float]) -> Sequence[int]:
+    """A number for each sequence, -1 where none are given."""
+    value = -1 if value is None else value
+    return [value] * len(costs) if isinstance(value, int) else value
 
 
 def _jobs(costs: Sequence[float], near: Sequence[int], together: Sequence[int]) -> list[_Job]:

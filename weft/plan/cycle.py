@@ -1,7 +1,7 @@
 """A deadlock of a schedule in words and as a picture.
 
-A cycle is a round of waits: each rank stands at a WAIT whose other end launches its transfer only after the
-WAIT at which that rank stands itself, and the last waits for the first.
+A cycle is a round of waits: each rank stands at a WAIT whose transfer another launches, or at something that
+another does with it, only after that at which this other rank stands itself; the last waits for the first.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ class Place(NamedTuple):
 
 
 class Stuck(NamedTuple):
-    """A WAIT and the POST, of the other rank, that it needs."""
+    """A WAIT and the POST of another rank that it needs; or what both do together, on one and the other."""
 
     wait: Place
     post: Place

@@ -44,13 +44,13 @@ def complete(
         resident: most passes of its stages that a seat keeps on the device; 0 if there is no bound.
         lookahead: computations before its use that a receive or gather is launched.
         split: send the gradient between B and a W that follows it; else the two are one pass.
-        cost: of F, B and W of each stage, in any unit: where several seats receive something, all of them
-            launch it before the first one needs it at these costs.
+        cost: of F, B and W: what several seats receive, all launch before one needs it at these costs.
 
     Raises:
         ValueError: fewer residents than the lists can do with.
     """
-    last = (done.microbatch * graph.size(done.unit) for actions in lists for done in actions)
+    passes = (done for actions in lists for done in actions if done.op in COMPUTE)
+    last = (done.microbatch * graph.size(done.unit) for done in passes)
     microbatches = 1 + max(last, default=0)
     if any(done.op not in COMPUTE for actions in lists for done in actions):
         return Schedule(graph, microbatches, lists)
@@ -61,8 +61,7 @@ def complete(
     def sent(seat: int, stage: str, index: int, uses: Mapping[int, int]) -> int:
         known, mine = len(made[seat].blocks), clocks[seat]
         over = [bisect_right(mine, use, key=lambda clock: clock[at]) for at, use in uses.items()]
-        if uses and max(over) < len(mine):
-            known = max(over) + 1
+        known = max(over) + 1 if uses and max(over) < len(mine) else known
         later = Action("F", stage, index + graph.ahead.get(stage, microbatches))
         return min(known, made[seat].index.get(later, known))
 

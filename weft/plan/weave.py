@@ -191,7 +191,9 @@ class _Weaver:
             for seat in seats:
                 self._left[seat].extend(_blocks(lists[rank]))
         (rank,) = loom.decoder.home[loom.reader]
-        self._back = {tower.name: _turns(tower, loom.reader, lists[rank]) for tower in loom.towers}
+        self._back = {
+            tower.name: _turns(tower, loom.reader, lists[rank], microbatches) for tower in loom.towers
+        }
         # Passes that each seat has begun of each stage: next F, next B.
         self._next: defaultdict[tuple[str, str, int], int] = defaultdict(int)
         self._over: dict[tuple[int, Action], float] = {}  # when what seats have begun ends
@@ -333,13 +335,10 @@ def _blocks(actions: Sequence[Action]) -> Iterator[Block]:
         yield last
 
 
-def _turns(tower: Tower, reader: str, actions: Sequence[Action]) -> tuple[int, ...]:
+def _turns(tower: Tower, reader: str, actions: Sequence[Action], microbatches: int) -> tuple[int, ...]:
     """Groups in the order in which their gradients are complete; the same on all seats."""
-    ends: dict[int, int] = {}
-    for done in actions:
-        if done[:2] == ("F", reader):
-            ends.setdefault(done.microbatch // tower.every, len(actions))
+    ends = dict.fromkeys(range(-(-microbatches // tower.every)), len(actions))
     for at, done in enumerate(actions):
-        if done[:2] == ("B", reader):
+        if done[:2] == ("B", reader) and done.microbatch < microbatches:
             ends[done.microbatch // tower.every] = at
     return tuple(sorted(ends, key=lambda group: (ends[group], group)))

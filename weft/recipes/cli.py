@@ -110,9 +110,11 @@ def resolve_run(arguments: argparse.Namespace, overrides: Sequence[str] = ()) ->
 
 def _refuse_missing(config: RunConfig) -> None:
     """Stop where data is named that is not there or cannot be used."""
+    from weft.data.multimodal import check_multimodal, is_multimodal
     from weft.data.preflight import check_sources
 
-    wrong = [problem.under("data") for problem in check_sources(config.data, config.model.vocab_size)]
+    check = check_multimodal if is_multimodal(config.data, config.encoders) else check_sources
+    wrong = [problem.under("data") for problem in check(config.data, config.model.vocab_size)]
     if wrong:
         raise ConfigError(wrong)
 

@@ -143,7 +143,7 @@ def nemotron3_ultra_pretrain_tiny() -> RunConfig:
 def nemotron3_nano_omni_sft() -> RunConfig:
     """Nemotron 3 Nano Omni on pictures, video, sound and text: the first stage, of 16K tokens.
 
-    Set ``data.source`` to a JSONL file with ``messages`` and ``data.tokenizer.path`` to the model's tokenizer.
+    Set ``data.source`` to a JSONL file with ``messages``, ``data.tokenizer.path`` to the model's tokenizer.
     Where projectors are new, train them alone first: ``train.freeze=[decoder,vision.body,audio.body]``.
     Batch, steps and rates are those published for the text model (arXiv 2512.20856); this one's are not.
     """

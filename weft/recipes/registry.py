@@ -6,6 +6,7 @@ from types import MappingProxyType
 from weft.config.errors import ConfigError, Problem
 from weft.config.suggest import did_you_mean
 from weft.recipes import nemotron
+from weft.recipes.digits import av_tiny, digits_vlm
 from weft.recipes.stdlib_lm import stdlib_lm
 from weft.spec.run import RunConfig
 
@@ -13,6 +14,8 @@ Recipe = Callable[[], RunConfig]
 
 _ALL: tuple[Recipe, ...] = (
     stdlib_lm,
+    digits_vlm,
+    av_tiny,
     nemotron.nemotron_h_8b_pretrain,
     nemotron.nemotron_h_8b_pretrain_tiny,
     nemotron.nemotron_nano_9b_v2_pretrain,

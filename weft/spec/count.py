@@ -43,8 +43,8 @@ def count(model: HybridConfig) -> Counts:
 def count_parts(modules: Modules) -> dict[str, int]:
     """Elements of the decoder and, of each encoder, of its projector and of all before it, by name.
 
-    Names are those of parts that may be frozen: ``decoder``, ``vision.body``, ``vision.projector``. Statistics
-    that are not trained count too.
+    Names are those of parts that may be frozen: ``decoder``, ``vision.body``, ``vision.projector``. What is
+    not trained (statistics of norms) counts too.
     """
     found = {DECODER: count(modules.decoder).total}
     for name, encoder in modules.encoders.items():

@@ -20,7 +20,9 @@ router_entropy         ``{unit: mean entropy of a token's normalized router scor
 drop_rate              ``{unit: share of the choices of experts that had no room}``, with limited capacity
 drop_rate_total        the same share of the choices of all layers
 valid_loss             validation loss, nats per token, at evaluation steps
-valid_bits_per_byte    the same in bits per byte of text
+valid_bits_per_byte    the same in bits per byte of text; null where the data has no count of bytes
+valid_tokens           targets that were read for it
+valid_accuracy         share of the samples read in which no token of the answer is wrong, if data has answers
 ====================== =====================================================================================
 """
 

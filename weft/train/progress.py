@@ -13,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from weft.train.report_answers import Compared, comparison
 from weft.train.units import BASELINES, compared, duration, printable, short
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -81,10 +82,9 @@ class Progress:
         if self._step % self._interval == 0 or self._step == self._iters:
             left = f"{duration(self.remaining())} left" if self._step < self._iters else "done"
             self.note("  ".join([place, *self._facts(), left]))
-        if _known(row, "valid_bits_per_byte"):
-            bits = f"validation {row['valid_bits_per_byte']:.4f} bits/byte"
-            self._valid = f"{bits} at step {self._step}"
-            self.note(f"{place}  {bits}")
+        if found := _validation(row):
+            self._valid = f"{found} at step {self._step}"
+            self.note(f"{place}  {found}")
 
     def note(self, text: str) -> None:
         """Print a line of its own, for example that a checkpoint was saved."""
@@ -111,6 +111,17 @@ class Progress:
         facts = Text("  ".join([spark, *self._facts()]))
         facts.stylize("cyan", 0, len(spark))
         return Group(head, facts, Text(self._valid, "dim"))
+
+
+def _validation(row: Mapping[str, Any]) -> str:
+    """What an evaluation found; empty in the row of a step without one."""
+    if _known(row, "valid_bits_per_byte"):
+        found = f"validation {row['valid_bits_per_byte']:.4f} bits/byte"
+    elif _known(row, "valid_loss"):
+        found = f"validation {row['valid_loss']:.4f} nats"
+    else:
+        return ""
+    return f"{found}  accuracy {row['valid_accuracy']:.1%}" if _known(row, "valid_accuracy") else found
 
 
 def sparkline(values: list[float], width: int = 24) -> str:
@@ -143,6 +154,8 @@ def show_summary(summary: Mapping[str, Any], console: Console | None = None) -> 
     _plain(console, f"\n{', '.join(parts)}", "bold")
     if _known(valid, "bits_per_byte"):
         console.print(_comparison(valid, summary.get("baselines") or {}))
+    if compared_answers := comparison(summary.get("answers") or {}):
+        console.print(_answers(compared_answers, summary["answers"].get("documents", 0)))
     if sample.get("text"):
         _plain(console, f"Sample after {sample.get('prompt', '')!r}", "bold")
         _plain(console, f"{sample['text'].rstrip()}\n")
@@ -160,6 +173,17 @@ def _comparison(valid: Mapping[str, Any], baselines: Mapping[str, Any]) -> Table
         if _known(baselines, key):
             difference = compared(valid["bits_per_byte"], baselines[key])
             table.add_row(label, f"{baselines[key]:.4f}", difference)
+    return table
+
+
+def _answers(found: list[Compared], documents: int) -> Table:
+    title = f"Answers to {documents:,} held-out samples"
+    table = Table(title=title, title_justify="left", title_style="", box=SIMPLE)
+    for column in ("", "accuracy", "this model is"):
+        table.add_column(column, justify="right" if column else "left")
+    for one in sorted(found, key=lambda one: not one.own):
+        name = Text(printable(one.name))
+        table.add_row(name, f"{one.value:.1%}", one.words, style="bold" if one.own else "")
     return table
 
 

@@ -33,7 +33,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Record:
-    """Everything a run directory says about its run; summary and timeline are empty until it has ended."""
+    """Everything a run directory says about its run; what is known at its end is empty until then."""
 
     name: str
     config: dict[str, Any]
@@ -42,6 +42,7 @@ class Record:
     summary: dict[str, Any]
     environment: dict[str, Any]
     timeline: dict[str, Any]
+    predictions: dict[str, Any]
 
     def setting(self, path: str) -> Any:
         """One value of the configuration by its dotted name; None if it is not there."""
@@ -95,9 +96,9 @@ def read_run(run_dir: Path) -> Record:
     summary = _mapping(run_dir / "summary.json")
     run = config.get("run")
     name = summary.get("name") or (run.get("name") if isinstance(run, dict) else "") or run_dir.name
-    names = ("origins", "environment", "timeline")
-    origins, environment, timeline = (_mapping(run_dir / f"{file}.json") for file in names)
-    return Record(str(name), config, origins, read_rows(run_dir / FILE), summary, environment, timeline)
+    names = ("origins", "environment", "timeline", "predictions")
+    found = {file: _mapping(run_dir / f"{file}.json") for file in names}
+    return Record(name=str(name), config=config, rows=read_rows(run_dir / FILE), summary=summary, **found)
 
 
 def _mapping(path: Path) -> dict[str, Any]:

@@ -5,21 +5,24 @@ It opens without a network, follows the reader's light or dark preference and pr
 - ``config.yaml``, and ``origins.json`` if there: ``{dotted setting: where its value came from}``;
 - ``metrics.jsonl`` (``weft.train.metrics`` lists its keys), which may end anywhere;
 - ``summary.json`` once the run has ended: ``{name, params, active_params, flops_per_token, tokens,
-  seconds, valid: {bits_per_byte, bytes, tokens}, baselines: {unigram, zlib, lzma}, sample: {prompt, text},
-  paths: {report, export, checkpoint}}`` (baselines in bits per byte);
+  seconds, valid: {loss, bits_per_byte, bytes, tokens}, baselines: {unigram, zlib, lzma}, answers: {accuracy,
+  shuffled, exchanged, documents, baselines}, skipped: {split: {reason: samples}}, sample: {prompt, text},
+  paths: {report, export, checkpoint}}`` (the first baselines in bits per byte, those of answers shares);
 - ``environment.json``, if there: what ``weft.train.environment`` returns;
-- ``timeline.json``, if there: what ``weft.train.timeline`` writes.
+- ``timeline.json``, if there: what ``weft.train.timeline`` writes;
+- ``predictions.json``, if there: what ``weft.train.answers`` writes.
 """
 
 from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from weft.train.metrics import replace_text
 from weft.train.record import Record, read_run
+from weft.train.report_answers import Compared, answers_section, by_reason, comparison, encoders
 from weft.train.report_cards import expert_cards, grid, learning_cards, speed_cards
 from weft.train.report_style import CSS
 from weft.train.report_timeline import timeline_section
@@ -39,7 +42,7 @@ def write_report(run_dir: Path) -> Path:
 
 def render(record: Record) -> str:
     """The whole page. Every text that comes from the run is escaped."""
-    sections = [_header(record), _hero(record), _tiles(record)]
+    sections = [_header(record), _hero(record), _tiles(record), answers_section(record)]
     learning, speed, experts = learning_cards(record), speed_cards(record), expert_cards(record)
     empty = "No finite value has been recorded." if record.rows else "No step has been recorded yet."
     sections.append(f"<h2>Learning</h2>{grid(learning)}" if learning else f"<p>{empty}</p>")
@@ -64,7 +67,7 @@ def _header(record: Record) -> str:
     state = "Not finished" if not record.summary else "Finished" if done == planned else "Ended early"
     sentence = f"{state}: {done:,}{of} steps."
     if pattern := record.setting("model.pattern"):
-        sentence += f" Hybrid decoder <code>{_html(pattern)}</code>."
+        sentence += f" Hybrid decoder <code>{_html(pattern)}</code>{encoders(record)}."
     head = f'<div class="muted">Weft training report</div><h1>{_html(record.name)}</h1>'
     text = f'<header>{head}<p class="muted">{sentence}</p></header>'
     if bad := record.not_finite():
@@ -73,8 +76,44 @@ def _header(record: Record) -> str:
     return text
 
 
+class _Headline(NamedTuple):
+    """A number, how it is written, what it is, of what, and what it must be read against, the best last."""
+
+    value: float
+    form: str
+    unit: str
+    note: str
+    bars: list[Compared]
+
+
 def _hero(record: Record) -> str:
     """The one number that matters, and the baselines it must be read against."""
+    found = _accuracy(record) or _bits(record)
+    if not found:
+        return ""
+    widest = max((bar.value for bar in found.bars), default=0.0) or 1.0
+    lines = "".join(_line(bar, widest, found.form) for bar in found.bars)
+    chart = f'<div class="bars">{lines}</div>' if len(found.bars) > 1 else ""
+    return (
+        f'<section class="card hero"><div><div class="big">{format(found.value, found.form)}</div>'
+        f'<div><b>{found.unit}</b></div><div class="muted">{found.note}</div></div>{chart}</section>'
+    )
+
+
+def _accuracy(record: Record) -> _Headline | None:
+    """Of runs whose data has answers."""
+    answers, series = record.summary.get("answers") or {}, record.series("valid_accuracy")
+    if bars := comparison(answers):
+        note = f"of {answers['documents']:,} held-out samples are answered without a wrong token"
+        return _Headline(answers["accuracy"], ".1%", "accuracy", note, bars[::-1])
+    if not series:
+        return None
+    note = "at the last evaluation, on a part of the held-out samples"
+    return _Headline(float(series.finite[-1]), ".1%", "accuracy", note, [])
+
+
+def _bits(record: Record) -> _Headline | None:
+    """Of runs on text."""
     valid = record.summary.get("valid") or {}
     model, note = valid.get("bits_per_byte"), "on all validation text"
     if valid.get("bytes"):
@@ -83,28 +122,20 @@ def _hero(record: Record) -> str:
     if model is None and series:
         model, note = float(series.finite[-1]), "at the last evaluation, on a part of the validation text"
     if model is None:
-        return ""
+        return None
     given = record.summary.get("baselines") or {}
-    bars = [(name, given[key], False) for key, name in BASELINES.items() if given.get(key)] + [
-        ("this model", model, True)
-    ]
-    widest = max(value for _, value, _ in bars)
-    lines = "".join(
-        _bar(name, value, widest, model, own) for name, value, own in sorted(bars, key=lambda bar: -bar[1])
-    )
-    chart = f'<div class="bars">{lines}</div>' if len(bars) > 1 else ""
-    return (
-        f'<section class="card hero"><div><div class="big">{model:.3f}</div><div><b>bits per byte</b></div>'
-        f'<div class="muted">{note}</div></div>{chart}</section>'
-    )
+    known = ((name, given[key]) for key, name in BASELINES.items() if given.get(key))
+    bars = [Compared(name, value, compared(model, value)) for name, value in known]
+    bars = sorted([*bars, Compared("this model", model, "", True)], key=lambda bar: -bar.value)
+    return _Headline(model, ".3f", "bits per byte", note, bars)
 
 
-def _bar(name: str, value: float, widest: float, model: float, own: bool) -> str:
+def _line(bar: Compared, widest: float, form: str) -> str:
     """One line of the comparison: name, bar from zero, value, and how the model compares with it."""
-    words = "" if own else f"<small>model {compared(model, value)}</small>"
-    kind = "bar own" if own else "bar"
-    bar = f'<div class="{kind}" style="width:{100 * value / widest:.2f}%"></div>'
-    return f"<span>{name}</span>{bar}<span><b>{value:.3f}</b>{words}</span>"
+    words = "" if bar.own else f"<small>model {_html(bar.words)}</small>"
+    kind = "bar own" if bar.own else "bar"
+    drawn = f'<div class="{kind}" style="width:{100 * bar.value / widest:.2f}%"></div>'
+    return f"<span>{_html(bar.name)}</span>{drawn}<span><b>{format(bar.value, form)}</b>{words}</span>"
 
 
 def _tiles(record: Record) -> str:
@@ -129,6 +160,8 @@ def _figures(record: Record) -> Iterator[tuple[str, str, str]]:
         yield "FLOPs utilization", f"{np.median(mfu.finite):.1%}", "median share of peak"
     if memory := record.series("memory_gib"):
         yield "Peak memory", f"{memory.finite.max():.2f} GiB", ""
+    for split, reasons in (record.summary.get("skipped") or {}).items():
+        yield f"Left out of {split}", f"{sum(reasons.values()):,}", by_reason(reasons)
 
 
 def _sample(record: Record) -> str:
@@ -145,16 +178,25 @@ def _sample(record: Record) -> str:
 def _settings(record: Record) -> str:
     """One table per section of the configuration; values that were set, not defaults, stand out."""
     tables = []
-    for name, section in record.config.items():
-        rows = "".join(_row(path, value, record.origins) for path, value in _flat(name, section))
+    for name, section in _sections(record.config):
+        rows = "".join(_row(path, value, record.origins, name) for path, value in _flat(name, section))
         tables.append(f'<section class="card"><h3>{_html(name)}</h3><table>{rows}</table></section>')
     return f'<h2>Configuration</h2><div class="settings">{"".join(tables)}</div>'
 
 
-def _row(path: str, value: object, origins: Mapping[str, str]) -> str:
+def _sections(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Name and content of each part of the configuration that has any; every encoder is one."""
+    for name, section in config.items():
+        if name == "encoders" and isinstance(section, Mapping):
+            yield from ((f"encoders.{encoder}", settings) for encoder, settings in section.items())
+        elif section != {}:
+            yield name, section
+
+
+def _row(path: str, value: object, origins: Mapping[str, str], section: str = "") -> str:
     origin = origins.get(path, "")
     kind = ' class="set"' if origin not in ("", "default") else ""
-    label = path.split(".", 1)[-1]
+    label = path.removeprefix(f"{section}.")
     third = f"<td>{_html(origin)}</td>" if origins else ""
     return f"<tr{kind}><td>{_html(label)}</td><td>{_html(None if value == '' else value)}</td>{third}</tr>"
 

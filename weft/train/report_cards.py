@@ -68,7 +68,7 @@ def learning_cards(record: Record) -> list[Card]:
     if router := _used(record, aux_loss="balance", z_loss="z-loss"):
         caption = "As added to the loss that is minimized."
         cards.append(Card("Router losses", caption, lines(router, "nats per token", zero=True)))
-    return cards + _panel(record, "lr") + _norm_card(record)
+    return cards + _accuracy_card(record) + _panel(record, "lr") + _norm_card(record)
 
 
 def _train(record: Record) -> Series:
@@ -79,6 +79,27 @@ def _used(record: Record, **names: str) -> dict[str, Series]:
     """Parts of the loss that the run has: not missing, and not zero throughout."""
     found = {name: record.series(key) for key, name in names.items()}
     return {name: series for name, series in found.items() if series.finite.any()}
+
+
+def _ended(record: Record, series: Series, value: float | None) -> Series:
+    """With the value of the closing evaluation, which has no row, at the last step."""
+    last = record.rows[-1]["step"] if record.rows else 0
+    if value is None or last in series.steps:
+        return series
+    return Series(np.append(series.steps, last), np.append(series.values, value))
+
+
+def _accuracy_card(record: Record) -> list[Card]:
+    answers = record.summary.get("answers") or {}
+    series = _ended(record, record.series("valid_accuracy"), answers.get("accuracy"))
+    if not series:
+        return []
+    best = max((answers.get("baselines") or {}).items(), key=lambda one: one[1], default=None)
+    caption = "Samples answered without a wrong token; the last value is of all, those before of a part."
+    words = f"{caption} Dashed: {best[0]}." if best else caption
+    limit = (float(best[1]), f"{best[1]:.1%}") if best else None
+    paint = lines({"": series}, "held-out samples", zero=True, scale="percent", exact=True, limit=limit)
+    return [Card("Accuracy", words, paint)]
 
 
 def _norm_card(record: Record) -> list[Card]:
@@ -98,9 +119,8 @@ def _loss_card(record: Record) -> Card:
     factor, train = record.bits_per_byte(), _train(record)
     train = Series(train.steps, train.values * (factor or 1.0))
     valid = record.series("valid_bits_per_byte" if factor else "valid_loss")
-    last = (record.summary.get("valid") or {}).get("bits_per_byte")
-    if factor and last and train.steps[-1] not in valid.steps:
-        valid = Series(np.append(valid.steps, train.steps[-1]), np.append(valid.values, last))
+    last = (record.summary.get("valid") or {}).get("bits_per_byte" if factor else "loss")
+    valid = _ended(record, valid, last)
     given = record.summary.get("baselines") or {}
     baselines = {name: given[key] for key, name in BASELINES.items() if factor and given.get(key)}
     words = f"Lower is better. {reading(len(train.steps))}"

@@ -31,6 +31,16 @@ figcaption{font-size:12.5px;line-height:1.45;margin-top:6px}
 .tiles dd{margin:0;font-size:20px;font-weight:600}
 .tiles dt,.tiles small{color:var(--muted);font-size:12.5px;font-weight:400}.tiles small{display:block}
 .big,.bars b,.tiles dd{font-variant-numeric:tabular-nums}
+.answers{display:grid;grid-template-columns:repeat(auto-fill,minmax(158px,1fr));gap:12px;margin-top:12px}
+.answer{display:flex;flex-direction:column;align-items:center;gap:6px;padding:12px;text-align:center}
+.answer.wrong{border:2px dashed var(--b);padding:11px}.answer.wrong b{color:var(--b)}
+.answer small{color:var(--muted);font-size:12.5px;overflow-wrap:anywhere}.answer figcaption{margin:0}
+.answer figcaption,.said{max-width:100%;white-space:pre-line;overflow-wrap:anywhere}
+.said{font:600 17px/1.3 var(--mono);margin-top:auto}
+.items{display:flex;flex-wrap:wrap;justify-content:center;gap:8px;max-width:100%}
+.items span{display:flex;flex-direction:column;align-items:center;max-width:100%}
+.items img{display:block;border-radius:4px;max-width:100%;height:auto;image-rendering:pixelated}
+.card svg.wave{width:110px;height:auto;margin:0;fill:var(--a)}
 pre{font:13px/1.5 var(--mono);white-space:pre-wrap;overflow-wrap:anywhere;margin:0}
 .settings{columns:2 400px;column-gap:14px}.settings section{break-inside:avoid;margin-bottom:14px}
 table{border-collapse:collapse;width:100%;font-size:12.5px;margin-top:8px}
@@ -41,5 +51,5 @@ td:nth-child(3){white-space:nowrap;color:var(--muted);text-align:right;padding-r
 @media screen and (max-width:760px){.s3,.s2{grid-column:span 6}.hero{grid-template-columns:1fr}
 .bars small{display:block;margin:0}.s6{overflow-x:auto}.s6>svg{min-width:620px}}
 @media print{@page{margin:14mm}body{background:#fff;font-size:12px}main{max-width:none;padding:0}
-.card,.alert,tr{break-inside:avoid}h2,h3{break-after:avoid}*{print-color-adjust:exact}}
+.answers{grid-template-columns:repeat(6,1fr)}.card,.alert,tr{break-inside:avoid}h2,h3{break-after:avoid}*{print-color-adjust:exact}}
 """

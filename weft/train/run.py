@@ -19,7 +19,9 @@ from weft.checkpoint.model import load_model
 from weft.config.errors import ConfigError, Problem
 from weft.config.load import to_dict, to_yaml
 from weft.data.batch import Batch
+from weft.data.packed import PackedSplit
 from weft.data.prefetch import prefetch
+from weft.data.stream import Split
 from weft.models.hf_hybrid import unpublishable
 from weft.ops.memory import keep_freed_memory
 from weft.parallel.comm import Comm
@@ -29,16 +31,18 @@ from weft.parallel.watchdog import Watchdog
 from weft.plan.check import check_run, executable
 from weft.plan.plans import plans_of_run
 from weft.plan.step import step_of
-from weft.spec.count import count
+from weft.spec.count import count, count_parts
 from weft.spec.precision import PRECISIONS
 from weft.spec.run import RunConfig
+from weft.train.answers import Answers, write_answers
 from weft.train.environment import environment
-from weft.train.evaluate import evaluate
+from weft.train.evaluate import Evaluation, evaluate
 from weft.train.flops import measure_peak, utilization
 from weft.train.loop import NotFinite, Trainer
 from weft.train.metrics import Metrics, replace_text, write_json
 from weft.train.progress import Progress, show_summary
 from weft.train.report import write_report
+from weft.train.report_answers import left_out
 from weft.train.sample import sample
 from weft.train.saving import Saving
 from weft.train.source import Source, open_source
@@ -80,7 +84,8 @@ def train(config: RunConfig, origins: dict[str, str]) -> Path:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     keep_freed_memory()
-    torch.use_deterministic_algorithms(config.run.deterministic)
+    if config.run.deterministic != torch.are_deterministic_algorithms_enabled():  # the call itself is slow
+        torch.use_deterministic_algorithms(config.run.deterministic)
     run = config.run
     with connected(device) as comm, Watchdog(comm.rank, comm.size, run.watchdog, run.stall) as watchdog:
         return Run(config, origins, comm, device, watchdog.beat).execute()
@@ -144,6 +149,8 @@ class Run:
             _say(change)
         for problem in self._unpublishable():
             _say(f"no Hugging Face export of this run: {problem}")
+        for name, reasons in self._skipped().items():
+            _say(f"{name}: {left_out(reasons)}")
         if source is None:
             return
         left = last - self.first
@@ -151,6 +158,11 @@ class Run:
         _say(f"resumed from {source.path} at step {self.first} of {last}: {rest}")
         for change in self.saving.changes():
             _say(f"  changed since then: {change}")
+
+    def _skipped(self) -> dict[str, dict[str, int]]:
+        """Samples left out, by split and reason."""
+        splits = {name: s for name, s in self.corpus.splits.items() if isinstance(s, PackedSplit)}
+        return {name: split.skipped for name, split in splits.items() if split.skipped}
 
     def _unpublishable(self) -> list[str]:
         if self.config.encoders:
@@ -235,7 +247,7 @@ class Run:
             and iteration < config.train.train_iters
             and "valid" in self.corpus.splits
         ):
-            row |= self._evaluate(config.validation.eval_iters)
+            row |= self._told(self._evaluate(self.corpus.splits["valid"], config.validation.eval_iters))
             self._measure_peak()
         self.beat(iteration, "saving")
         self.saving.maybe(iteration, self.trainer)
@@ -246,8 +258,9 @@ class Run:
         told = self.config.logger.peak_flops
         self.peak = told or max(self.peak, measure_peak(self.device, dtype))
 
-    def _evaluate(self, limit: int = 0) -> dict[str, Any]:
-        config, split = self.config, self.corpus.splits["valid"]
+    def _evaluate(self, split: Split | PackedSplit, limit: int = 0) -> Evaluation:
+        """A split, or ``limit`` microbatches of it, read by all ranks; a collective call."""
+        config = self.config
         team, grid = self.trainer.team, self.plans.decoder
         windows = (
             split.windows(
@@ -261,11 +274,15 @@ class Run:
             if team.decoder
             else ()
         )
-        graded = self.corpus.graded
-        result = evaluate(team, self._beating(windows), config.train.loss_chunk, self.corpus.fetch, graded)
+        graded, chunk = self.corpus.graded, config.train.loss_chunk
+        return evaluate(team, self._beating(windows), chunk, self.corpus.fetch, graded)
+
+    def _told(self, result: Evaluation) -> dict[str, Any]:
+        """What a row says of an evaluation of the validation split."""
+        split = self.corpus.splits["valid"]
         bits = result.bits_per_byte(split.tokens, split.bytes)
         told = {"valid_loss": result.loss, "valid_bits_per_byte": bits, "valid_tokens": result.tokens}
-        return told | ({"valid_accuracy": result.accuracy} if graded else {})
+        return told | ({"valid_accuracy": result.accuracy} if self.corpus.graded else {})
 
     def _beating(self, windows: Iterable[Batch]) -> Iterator[Batch]:
         """The same windows; each one taken shows that this rank gets on."""
@@ -279,19 +296,32 @@ class Run:
         return bool(limit) and any(self.comm.gather_objects(time.perf_counter() - began > limit))
 
     def _finish(self) -> Path:
-        valid = self._evaluate() if "valid" in self.corpus.splits else {}
+        split = self.corpus.splits.get("valid")
+        valid = self._evaluate(split) if split else None
+        answers = self._answers(valid) if valid else None
         self.beat(self.trainer.steps, "closing")
         trainer = self.trainer
         first = trainer.team.rank == self.plans.seats[trainer.team.seat][0]
         told = self.config.plan.schedule.trace and first and trainer.spans
         parts = self.comm.gather_objects(part(trainer.spans, trainer.executor.peak) if told else None)
-        on_chief(self.comm, lambda: self._close(valid, [own for own in parts if own]))
+        on_chief(self.comm, lambda: self._close(valid, answers, [own for own in parts if own]))
         return self.dir
 
-    def _close(self, valid: dict[str, Any], parts: list[Part]) -> None:
+    def _answers(self, valid: Evaluation) -> Answers | None:
+        """Of data that has answers; a collective call."""
+        split = self.corpus.splits["valid"]
+        if not self.corpus.graded or not isinstance(split, PackedSplit):
+            return None
+        other = split.shuffled(self.config.run.seed)
+        return Answers(split, valid, other, self._evaluate(other)) if other.swaps else Answers(split, valid)
+
+    def _close(self, valid: Evaluation | None, answers: Answers | None, parts: list[Part]) -> None:
         """Summary and report first, so that an export that fails loses neither."""
         exports = self.config.checkpoint.save and not self._unpublishable()
         summary = self._summary(valid, exports)
+        if answers:
+            train, tokenizer = self.corpus.splits["train"], self.corpus.tokenizer
+            summary["answers"] = write_answers(self.dir, answers, self.config, train, tokenizer)
         write_json(self.dir / "summary.json", summary)
         if parts:
             self._write_timelines(parts)
@@ -309,6 +339,8 @@ class Run:
     def _sample(self) -> dict[str, str]:
         """Text that the model makes: of the model in memory, or of its checkpoint where ranks share it."""
         layout, config, lm = self.plans.decoder.decoder, self.config, self.trainer.team.lm
+        if config.encoders:  # generation takes text alone so far
+            return {}
         whole = layout.plane.size == 1 and layout.grid.size("pp") == 1
         if lm and whole and layout.store.level < 3:
             return sample(lm, self.corpus.tokenizer, config)
@@ -317,9 +349,9 @@ class Run:
         model, _ = load_model(self.dir, config.train.precision, self.device)
         return sample(model, self.corpus.tokenizer, config)
 
-    def _summary(self, valid: dict[str, Any], exports: bool) -> dict[str, Any]:
+    def _summary(self, valid: Evaluation | None, exports: bool) -> dict[str, Any]:
         config, split = self.config, self.corpus.splits.get("valid")
-        counts = count(config.model)
+        counts, total = count(config.model), sum(count_parts(config.modules).values())
         paths = {"report": self.dir / "report.html"}
         if config.checkpoint.save:
             paths["checkpoint"] = self.saving.root
@@ -327,16 +359,18 @@ class Run:
             paths["export"] = self.dir / "export"
         summary = {
             "name": config.run.name,
-            "params": counts.total,
-            "active_params": counts.active,
+            "params": total,
+            "active_params": total - counts.total + counts.active,
             "flops_per_token": self.trainer.flops_per_token,
             "tokens": self.trainer.tokens,
             "seconds": self.trainer.seconds,
             "sample": self._sample(),
             "paths": {name: str(path) for name, path in paths.items()},
         }
+        if skipped := self._skipped():
+            summary["skipped"] = skipped
         if split and valid:
-            bits, tokens = valid["valid_bits_per_byte"], valid["valid_tokens"]
-            summary["valid"] = {"bits_per_byte": bits, "bytes": split.bytes, "tokens": tokens}
-            summary["baselines"] = split.baselines
+            bits = valid.bits_per_byte(split.tokens, split.bytes)
+            told = {"loss": valid.loss, "bits_per_byte": bits, "bytes": split.bytes, "tokens": valid.tokens}
+            summary |= {"valid": told, "baselines": split.baselines}
         return summary

@@ -122,17 +122,20 @@ def settled(line: Timeline, schedule: Schedule) -> Timeline:
     """
     starts: defaultdict[Action, float] = defaultdict(float)
     ends: dict[Action, float] = {}
+    over: dict[tuple[int, Action], float] = {}  # whole backward passes, of each rank by itself
     whole, home = _whole(schedule), schedule.graph.home
     for rank, _, action, start, end in line.spans:
         if action.op in ("POST", "STEP"):
             starts[action] = max(starts[action], start)
         elif action.op == "WAIT" and rank in home[action.unit if action.back else action.target]:
-            ends[action._replace(op="POST")] = end
+            ends[action._replace(op="POST")] = max(end, ends.get(action._replace(op="POST"), end))
         elif action.op == "W" and action[1:3] in whole:
-            starts[action] = ends[action] = ends[action._replace(op="B")] = end
+            over[rank, action] = over[rank, action._replace(op="B")] = end
     spans: list[Span] = []
     for span in line.spans:
-        start, end = starts.get(span.action, span.start), ends.get(span.action, span.end)
+        last = over.get((span.rank, span.action))
+        start, end = starts.get(span.action, span.start), last or ends.get(span.action, span.end)
+        start = end if last and span.action.op == "W" else start
         spans.append(span._replace(start=start, end=max(start, end)))
     return Timeline(tuple(spans))
 
