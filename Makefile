@@ -7,9 +7,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_AR
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: quickstart test test-slow test-gpu check bench bench-gpu clean
+.PHONY: quickstart quickstart-text test test-slow test-gpu check bench bench-gpu clean
 
 quickstart: .venv/ready-run
+	$(BIN)/torchrun --nproc-per-node=4 -m weft train digits_vlm plan=plans/digits_colocated.yaml
+
+quickstart-text: .venv/ready-run
 	$(BIN)/weft train stdlib_lm
 	$(BIN)/weft compare runs/stdlib_lm/export runs/stdlib_lm --prompt "def main("
 
@@ -33,6 +36,10 @@ bench: .venv/ready-dev
 	$(BIN)/python benchmarks/pipeline_vs_torch.py
 	$(BIN)/python benchmarks/moe_vs_transformers.py
 	$(BIN)/python benchmarks/ops.py
+	$(BIN)/python benchmarks/routes.py
+	$(BIN)/python benchmarks/balance.py
+	$(BIN)/python benchmarks/boundary.py
+	$(BIN)/python benchmarks/multimodal.py
 
 bench-gpu: .venv/ready-dev
 	$(BIN)/python benchmarks/gpu.py
@@ -53,7 +60,7 @@ clean:
 
 .venv/ready-run: .venv/ready-torch pyproject.toml
 	@echo "installing Weft into .venv"
-	@$(PIP) -c constraints.txt -e '.[hf]'
+	@$(PIP) -c constraints.txt -e '.[hf,digits]'
 	@touch $@
 
 .venv/ready-dev: .venv/ready-torch pyproject.toml

@@ -162,8 +162,8 @@ GLOO = {
     "towers": lambda: towers(resident=3),
     "zbv": lambda: of_kind("zbv", 3, 6, resident=5),
     "interleaved": lambda: of_kind("interleaved", 3, 5, level=3, gather="stage"),
-    "seats": lambda: any_schedule(13, simple=False),
-    "woven": lambda: looms.drawn(random.Random(8)).schedule("bubble"),
+    "seats": lambda: any_schedule(17, simple=False),
+    "woven": lambda: looms.drawn(random.Random(5)).schedule("bubble"),
 }
 
 

@@ -101,7 +101,7 @@ def ends(case: Case, plan: PlanConfig, comm: Comm) -> list[tuple[str, Tensor]]:
     """Parameters and gradients after two steps; peaks are compared with the proof on the way."""
     trainer = equal.trainer_of(case, plan, comm)
     equal.run(trainer)
-    _, proof = schedule_of(plan.schedule, trainer.pipeline.cut, 4, plan.decoder.store.level)
+    _, proof = schedule_of(plan.schedule, trainer.team.cut, 4, plan.decoder.store.level)
     assert not proof.faults
     assert trainer.executor.peak == proof.live[trainer.mesh.position]
     return [(name, tensor) for name, _, tensor in equal.boxes(trainer)]
@@ -160,7 +160,7 @@ def levels(comm: Comm, recompute: bool) -> None:
     for at, (done, kept, now) in enumerate(zip(actions, live.kept(actions), found, strict=True)):
         flying += (done.op == "POST") - (done.op == "WAIT")
         if done.op == "OUT":
-            layers = len(trainer.pipeline.cut.pieces[int(done.unit)].layers)
+            layers = len(trainer.team.cut.pieces[int(done.unit)].layers)
             # Recomputed layers keep their inputs, others much more.
             assert found[at - 1] - now >= layers * SENT * (1 if recompute else 3), str(done)
             outs.add(done.unit)

@@ -188,7 +188,10 @@ def test_lists_of_seats_from_a_file():
     assert names_encoders(found)
     assert not names_encoders(lists)
     assert graph_of(found) == loom.decoder
+    assert weave(loom, found, "bubble", 0, 8, flat()) == (loom.graph, found)
     assert complete(loom.graph, found).lists == made.lists
+    with pytest.raises(ValueError, match=r"POST\(0>1,0\) is in lists without encoders"):
+        weave(loom, complete(loom.decoder, lists).lists, "lead", 0, 8, flat())
     assert not prove(complete(loom.graph, found)).faults
 
 

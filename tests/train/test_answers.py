@@ -125,7 +125,7 @@ def test_windows_name_their_documents(data: Multimodal) -> None:
     """Against the tokens of the windows themselves."""
     split = data.splits["valid"]
     plan = split.packed(160)
-    made = [batch for batch in split.windows(160, 0, 1)]
+    made = list(split.windows(160, 0, 1))
     assert len(plan) == len(made) > 4
     for batch in made:
         (number,) = batch.samples
@@ -270,7 +270,7 @@ def test_a_broken_sample_is_left_out_and_counted(
 ) -> None:
     rows = [chat(image(f"{i}.png"), {"type": "text", "text": "What?"}, answer=str(i % 3)) for i in range(30)]
     files = {f"{i}.png": png(picture(seed=i)) for i in range(29)} | {"29.png": b"nothing"}
-    source = str(write(tmp_path / "data", rows, **files))
+    source = str(write(tmp_path, rows, **files))
     data = replace(
         config.data, source=source, valid_fraction=0.3, media_errors="skip", cache=str(tmp_path / "cache")
     )

@@ -41,6 +41,15 @@ def test_a_pipe_gets_one_plain_line_per_interval_and_evaluation():
     assert all(character.isprintable() for line in lines for character in line)
 
 
+def test_data_without_bytes_is_validated_in_nats_and_answers():
+    rows = [{"step": 1, "valid_bits_per_byte": None, "valid_loss": 0.0123, "valid_accuracy": 0.953}]
+    rows += [{"step": 2, "valid_bits_per_byte": None, "valid_loss": 0.5}, {"step": 3, "valid_loss": None}]
+    assert piped(rows).splitlines() == [
+        "step   1/100  validation 0.0123 nats  accuracy 95.3%",
+        "step   2/100  validation 0.5000 nats",
+    ]
+
+
 def test_long_lines_are_not_wrapped():
     name = "x" * 300
     out = io.StringIO()
@@ -103,6 +112,20 @@ def test_the_summary_compares_with_the_baselines():
     assert SAMPLE["text"].splitlines()[1] in shown
     assert all(path in shown for path in summary["paths"].values())
     assert "\x1b" not in shown
+
+
+def test_the_summary_compares_answers():
+    answers = {"accuracy": 0.9554, "shuffled": 0.097, "documents": 1359, "exchanged": "pictures"}
+    answers["baselines"] = {"logistic regression on pixels": 0.967, "[b]\x1b[2J": 0.9554}
+    shown = results({"name": "digits", "answers": answers, "valid": {"bits_per_byte": None}})
+    rows = [" ".join(line.split()) for line in shown.splitlines()]
+    assert "Answers to 1,359 held-out samples" in rows
+    assert [row for row in rows if "%" in row] == [
+        "this model 95.5%",
+        "logistic regression on pixels 96.7% 1.2 points lower",
+        "[b]\N{REPLACEMENT CHARACTER}[2J 95.5% equal",
+        "this model, pictures exchanged 9.7% 85.8 points higher",
+    ]
 
 
 def test_a_summary_without_validation_still_shows():

@@ -20,7 +20,7 @@ from weft.train.record import Series, read_run
 from weft.train.report import write_report
 from weft.train.report_cards import load_stats
 
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "img"}
 
 
 class Page(HTMLParser):

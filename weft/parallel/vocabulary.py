@@ -10,11 +10,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from weft.nn.slots import Lookup, Loss
-from weft.parallel import moves
 from weft.parallel.moves import Blocks
 from weft.plan.shard import Plane
 
 BlocksOf = Callable[[int], Blocks]  # the residual stream of so many tokens
+
+
+CHUNK = 2048  # tokens whose rows exist before they are summed over ranks
 
 
 class ShardedLookup(Lookup):
@@ -27,11 +29,46 @@ class ShardedLookup(Lookup):
     def forward(
         self, ids: Int[Tensor, " tokens"], weight: Float[Tensor, "vocab embed"]
     ) -> Float[Tensor, "rows width"]:
-        """This rank's residual block; zeros for a negative id."""
+        """This rank's residual block; zeros for a negative id. No rank holds rows of all tokens at a time."""
         own = ids - self._vocabulary.start
-        elsewhere = (own < 0) | (own >= len(self._vocabulary))
-        rows = F.embedding(own.masked_fill(elsewhere, 0), weight)
-        return moves.scatter(self._blocks(len(ids)), rows.masked_fill(elsewhere.unsqueeze(-1), 0.0))
+        own = own.masked_fill((own < 0) | (own >= len(self._vocabulary)), -1)
+        return _Lookup.apply(weight, own, self._blocks(len(ids)))
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of the table for the same tokens of every rank's block at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, own: Tensor, blocks: Blocks) -> Tensor:
+        height = max(1, min(blocks.longest, CHUNK // len(blocks.counts)))
+        runs = (_split(part, height, blocks.longest) for part in own.split(blocks.counts))
+        ctx.chunks = [
+            torch.cat([F.pad(part, (0, height - len(part)), value=-1) for part in chunk])
+            for chunk in zip(*runs, strict=True)
+        ]
+        ctx.shape, ctx.move = weight.shape, Blocks(blocks.comm, [height] * len(blocks.counts), blocks.columns)
+        count = blocks.counts[blocks.comm.rank // blocks.columns]
+        made = weight.new_empty(count, weight.shape[1] // blocks.columns)
+        for at, ids in zip(range(0, blocks.longest, height), ctx.chunks, strict=True):
+            rows = F.embedding(ids.clamp_min(0), weight).masked_fill_((ids < 0).unsqueeze(1), 0.0)
+            to = made[at : at + height]
+            to.copy_(ctx.move.scatter(rows)[: len(to)])
+        return made
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        total, height = grad.new_zeros(ctx.shape), ctx.move.longest
+        for at, ids in zip(range(0, height * len(ctx.chunks), height), ctx.chunks, strict=True):
+            part = grad[at : at + height]
+            rows = ctx.move.gather(F.pad(part, (0, 0, 0, height - len(part))))
+            total += torch.ops.aten.embedding_dense_backward(rows, ids, len(total), -1, False)
+        return total, None, None
+
+
+def _split(part: Tensor, height: int, longest: int) -> list[Tensor]:
+    """Runs of ``height``, as many as the longest part has; the last ones may be short or empty."""
+    return [part[at : at + height] for at in range(0, longest, height)]
 
 
 class ShardedLoss(Loss):

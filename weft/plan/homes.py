@@ -38,11 +38,11 @@ def homes(config: ScheduleConfig, ranks: int) -> tuple[int, ...]:
     """
     if config.kind != "file":
         return tuple(seat for (seat,) in compute(config.kind, ranks, config.stages, 1)[0].home.values())
-    lists = lists_of(config.file)
-    if len(lists) != ranks:
-        found = f"{config.file} has the lists of {len(lists)} pipeline ranks, but pp is {ranks}"
-        raise ValueError(f"{found}; set plan.decoder.pp to {len(lists)}")
-    return tuple(seat for (seat,) in graph_of(lists).home.values())
+    graph = graph_of(lists_of(config.file))
+    if graph.seats != ranks:
+        found = f"{config.file} has the lists of {graph.seats} pipeline ranks, but pp is {ranks}"
+        raise ValueError(f"{found}; set plan.decoder.pp to {graph.seats}")
+    return tuple(seat for (seat,) in graph.home.values())
 
 
 def uncut(model: HybridConfig, config: ScheduleConfig) -> Cut:

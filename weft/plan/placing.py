@@ -50,8 +50,7 @@ def complete(
         ValueError: fewer residents than the lists can do with.
     """
     passes = (done for actions in lists for done in actions if done.op in COMPUTE)
-    last = (done.microbatch * graph.size(done.unit) for done in passes)
-    microbatches = 1 + max(last, default=0)
+    microbatches = 1 + max((done.microbatch * graph.size(done.unit) for done in passes), default=0)
     if any(done.op not in COMPUTE for actions in lists for done in actions):
         return Schedule(graph, microbatches, lists)
     sends = {e.target for e in graph.edges if graph.crosses(e) and graph.returns(e)} if split else set[str]()

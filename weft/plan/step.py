@@ -8,7 +8,7 @@ from weft.plan.pipelines import SPLIT, compute
 from weft.plan.placing import complete, forward_only
 from weft.plan.plans import Plans, module_of, stage_of
 from weft.plan.prove import Proof, prove
-from weft.plan.schedule import COMPUTE, Action, Graph, Lists, Schedule
+from weft.plan.schedule import COMPUTE, Action, Cost, Graph, Lists, Schedule
 from weft.plan.stages import Cut
 from weft.plan.weave import Loom, Tower, weave
 from weft.spec.layout import ScheduleConfig
@@ -43,10 +43,12 @@ def _decoder_lists(config: ScheduleConfig, stages: Cut, microbatches: int) -> tu
     return compute(config.kind, ranks, config.stages, microbatches, stages.cost)
 
 
-def _completed(config: ScheduleConfig, graph: Graph, lists: Lists, level: int) -> tuple[Schedule, Proof]:
+def _completed(
+    config: ScheduleConfig, graph: Graph, lists: Lists, level: int, cost: Cost = lambda _: 1.0
+) -> tuple[Schedule, Proof]:
     gather = config.gather if level >= 2 else "unit"
-    split = config.kind in SPLIT
-    done = complete(graph, lists, level=level, gather=gather, resident=config.resident, split=split)
+    split, resident = config.kind in SPLIT, config.resident
+    done = complete(graph, lists, level=level, gather=gather, resident=resident, split=split, cost=cost)
     return done, prove(done, config.most_live)
 
 
@@ -67,7 +69,7 @@ def step_of(
     ahead = config.encoder_groups_in_flight
     costs = cost_of(plans, modules, config, stages)
     graph, lists = weave(loom, lists, config.encoder_order, ahead, microbatches, costs)
-    return _completed(config, graph, lists, level)
+    return _completed(config, graph, lists, level, costs)
 
 
 def evaluation_of(plans: Plans, modules: Modules, config: ScheduleConfig) -> Schedule:

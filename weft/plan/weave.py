@@ -19,7 +19,8 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-from weft.plan.schedule import Action, Cost, Edge, Graph, Lists
+from weft.plan.pipelines import names_encoders
+from weft.plan.schedule import COMPUTE, Action, Cost, Edge, Graph, Lists
 
 Order = Literal["lead", "first", "bubble"]
 Block = tuple[Action, ...]
@@ -113,6 +114,8 @@ def weave(
 ) -> tuple[Graph, Lists]:
     """The graph of all stages, and the F, B and W of each seat.
 
+    Lists of seats that name encoders are taken as they are.
+
     Args:
         loom: where everything runs.
         lists: F, B and W of the decoder, of each pipeline rank.
@@ -124,9 +127,15 @@ def weave(
         cost: of F, B and W of each stage, in any unit, of encoders by group.
 
     Raises:
-        ValueError: a bound that the lists cannot do with.
+        ValueError: a bound that the lists cannot do with, or lists that are complete but for encoders.
     """
     graph = loom.graph
+    if names_encoders(lists):
+        return graph, lists
+    if other := next((done for actions in lists for done in actions if done.op not in COMPUTE), None):
+        raise ValueError(
+            f"{other} is in lists without encoders: write F, B and W of the decoder, or all of every seat"
+        )
     limits = {tower.name: _limit(loom, tower, lists, order, ahead, microbatches) for tower in loom.towers}
     frozen = {s: limits[tower.name] for tower in loom.towers if tower.frozen for s in tower.stages}
     graph = replace(graph, ahead=MappingProxyType(frozen))

@@ -93,9 +93,9 @@ class Trainer:
         self.stores: dict[str, Store] = {}
         for name, member in team.members.items():
             member.model.set_recompute(config.train.recompute)
-            specs = [spec for spec in member.module.params if member.module.trains(spec.name)]
-            if not member.module.frozen:
-                self.stores[name] = Store(member.model, specs, config.train.precision, member.mesh)
+            trained = [s for s in member.module.params if member.module.trains(s.name) and not s.buffer]
+            if any(member.mesh.has(spec.name) for spec in trained):
+                self.stores[name] = Store(member.model, trained, config.train.precision, member.mesh)
         self.optimizers = {name: Optimizer(store, config.optimizer) for name, store in self.stores.items()}
         self.device = team.device
         self.load = RouterLoad(team.lm, self.device)

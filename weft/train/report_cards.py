@@ -8,7 +8,7 @@ import numpy as np
 
 from weft.train.figures import Paint, draw, heat_maps, lines, load_key, loss_chart, loss_top, reading
 from weft.train.record import Record, Series
-from weft.train.units import BASELINES
+from weft.train.units import BASELINES, printable
 
 _WIDTH = {6: 9.9, 3: 4.75, 2: 3.05}  # inches of a picture by the columns of the grid that its card takes
 _SPANS = {1: (6,), 2: (3, 3), 3: (2, 2, 2), 4: (3, 3, 3, 3), 5: (2, 2, 2, 3, 3)}
@@ -96,7 +96,7 @@ def _accuracy_card(record: Record) -> list[Card]:
         return []
     best = max((answers.get("baselines") or {}).items(), key=lambda one: one[1], default=None)
     caption = "Samples answered without a wrong token; the last value is of all, those before of a part."
-    words = f"{caption} Dashed: {best[0]}." if best else caption
+    words = f"{caption} Dashed: {printable(best[0])}." if best else caption
     limit = (float(best[1]), f"{best[1]:.1%}") if best else None
     paint = lines({"": series}, "held-out samples", zero=True, scale="percent", exact=True, limit=limit)
     return [Card("Accuracy", words, paint)]
