@@ -71,9 +71,8 @@ def main() -> None:
         config = settings(directory, background=True)
         mesh = mesh_of(config.plan, SingleComm())
         model = assemble(config.model, "fp32", torch.device("cpu"), 0, mesh)
-        trainer = Trainer(
-            config, decoder_only(model, mesh), Tokens(config.model.depths, config.model.vocab_size)
-        )
+        tokens = Tokens(config.model.depths, config.model.vocab_size)
+        trainer = Trainer(config, decoder_only(model, mesh), tokens)
         saving = Saving(config, mesh.comm)
         step = 0
 

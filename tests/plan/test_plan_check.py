@@ -195,6 +195,13 @@ def test_samples_shorter_than_the_ranks_that_share_them() -> None:
     assert "4 ranks share the tokens of a sample of data.seq_length = 2" in str(check_run(short, 4)[0])
 
 
+def test_ranks_without_work() -> None:
+    run = replace(stdlib_lm(), plan=from_dict(PlanConfig, {"decoder": {"ranks": "0-1"}}))
+    (problem,) = check_run(run, 4)
+    assert problem.path == "plan.decoder.ranks"
+    assert "rank 2 has nothing to do; start 2 ranks" in problem.message
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_fits_one_process_and_can_run(name: str) -> None:
     run = RECIPES[name]()
@@ -205,7 +212,6 @@ def test_every_recipe_fits_one_process_and_can_run(name: str) -> None:
 @pytest.mark.parametrize(
     ("plan", "path"),
     [
-        ({"decoder": {"ranks": "0-1"}}, "plan.decoder.ranks"),
         ({"decoder": {"tp": 2, "shard": {"vocab": "none"}}}, "plan.decoder.shard.vocab"),
     ],
 )

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -114,10 +116,9 @@ def _theirs(hf_dir: Path, rows: list[list[int]]) -> list[Tensor]:
         ImportError: transformers is not installed.
         RunError: it cannot load the directory, or a prompt does not fit.
     """
-    from transformers import AutoModelForCausalLM
-
+    transformers: Any = import_module("transformers")  # by name: a type checker would read thousands of files
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = transformers.AutoModelForCausalLM.from_pretrained(
             hf_dir, dtype=torch.float32, trust_remote_code=False, local_files_only=True
         ).eval()
     except (OSError, ValueError, RuntimeError) as error:

@@ -151,6 +151,7 @@ class Group:
         self._last = self.layout.grid.size("pp") - 1
         self._route = cache(self._compile)
         self._residual = cache(self._tokens)
+        self._places = cache(self._find)
 
     @cached_property
     def bins(self) -> tuple[tuple[Piece, ...], ...]:
@@ -179,8 +180,8 @@ class Group:
             starts = np.array([each.tokens.start for each in ranks], np.int64)
             order = np.argsort(starts, kind="stable")
             for placed in table.of(self.name):
-                at = np.searchsorted(starts[order], placed.places[0].start, "right") - 1
-                found += [bins.get(ranks[order[at]].rank, -1)] * len(placed.item.sizes)
+                at = int(np.searchsorted(starts[order], placed.places[0].start, "right")) - 1
+                found += [bins.get(ranks[int(order[at])].rank, -1)] * len(placed.item.sizes)
         return found
 
     def _tokens(self, microbatch: int) -> tuple[Tokens, ...]:
@@ -247,15 +248,15 @@ class Group:
         return self._route(microbatch)
 
     def _compile(self, microbatch: int) -> Route:
-        ranks, which, first, length = (column[self._held[1] == microbatch] for column in self._held)
+        ranks, _, first, length = (column[self._held[1] == microbatch] for column in self._held)
         total = sum(placed.item.rows for placed in self.tables[microbatch].of(self.name))
         parts = self.feature_parts
         columns = [(ranks, first + part * total, length) for part in range(parts)]
         everyone = np.array(self.layout.holders((self._last,), tuple(range(self.layout.places))), np.int64)
         none = np.zeros_like(everyone)
         columns.append((everyone, none, none))
-        source = (np.concatenate(parts) for parts in zip(*columns, strict=True))
-        return compile_route(End.of(*source), self._target(microbatch, total))
+        rank, start, rows = (np.concatenate(parts) for parts in zip(*columns, strict=True))
+        return compile_route(End.of(rank, start, rows), self._target(microbatch, total))
 
     def _target(self, microbatch: int, total: int) -> End:
         places = self._places(microbatch)
@@ -268,8 +269,7 @@ class Group:
         rank, start, length = (np.concatenate(parts) for parts in zip(*columns, strict=True))
         return End.of(rank, start, length)
 
-    @cache  # noqa: B019 - a group lives for a step
-    def _places(self, microbatch: int) -> Integers:
+    def _find(self, microbatch: int) -> Integers:
         """First token, first row and length of each run of tokens that items take, ascending."""
         found: list[tuple[int, int, int]] = []
         at = 0

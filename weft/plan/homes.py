@@ -1,4 +1,4 @@
-"""On which pipeline rank each stage of a decoder lies: said by the kind of pipeline, or by a file of lists."""
+"""On which pipeline rank each stage of a decoder lies: by the kind of pipeline, or by a file of lists."""
 
 from functools import lru_cache
 from pathlib import Path
