@@ -82,7 +82,7 @@ def test_with_experts_in_fp64(name: str, tmp_path_factory: pytest.TempPathFactor
     assert found <= 1e-9
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", ["colocated", "overlapping"])
 def test_a_few_steps(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     base = digits_vlm()
     cache = tmp_path_factory.getbasetemp() / "digits"

@@ -1,43 +1,47 @@
 """Encoders and decoder, each with its own layout and ranks: two steps equal those of one process."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.parallel.mixed import differences
-from tests.parallel.mixed_plans import CLASSES, PROCESSES, Mixed, drawn
+from tests.parallel.mixed_plans import CLASSES, PROCESSES
 from weft.parallel.comm import Comm
 from weft.parallel.threads import run_threads
-from weft.plan.check import check_run
 
-PART, RANDOM = 5, 20
-
-
-def differing(case: Mixed) -> list[str]:
-    config = case.config()
-    assert not check_run(config, case.ranks)
-    found = run_threads(case.ranks, lambda comm: differences(config, comm), 120)
-    return [f"rank {rank}: {text}" for rank, texts in enumerate(found) for text in texts]
+ROOT = Path(__file__).parents[2]
+AT_ONCE, RANDOM, MORE = 20, 40, 400
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_classes_of_configurations_equal_one_process(name: str) -> None:
-    assert not differing(CLASSES[name])
+def sweep(*words: str) -> None:
+    command = [sys.executable, "-W", "error", "-m", "tests.parallel.mixed_sweep", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
-@pytest.mark.parametrize("first", range(0, RANDOM, PART))
+def test_classes_of_configurations_equal_one_process() -> None:
+    sweep("classes")
+
+
+@pytest.mark.parametrize("first", range(0, RANDOM, AT_ONCE))
 def test_random_plans_equal_one_process(first: int) -> None:
-    for seed in range(first, first + PART):
-        case = drawn(seed)
-        assert not (found := differing(case)), (seed, case, found[:4])
+    sweep(str(first), str(first + AT_ONCE))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(RANDOM, 400, PART))
+@pytest.mark.parametrize("first", range(RANDOM, MORE, AT_ONCE))
 def test_more_random_plans_equal_one_process(first: int) -> None:
-    for seed in range(first, first + PART):
-        case = drawn(seed)
-        assert not (found := differing(case)), (seed, case, found[:4])
+    sweep(str(first), str(first + AT_ONCE))
+
+
+def test_annotations_hold() -> None:
+    """One plan under the type checks of every call."""
+    case = CLASSES["partly overlapping"]
+    config = case.config()
+    assert not any(run_threads(case.ranks, lambda comm: differences(config, comm), 120))
 
 
 def on_processes(comm: Comm, name: str) -> list[str]:
@@ -46,5 +50,8 @@ def on_processes(comm: Comm, name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_processes_equal_one(name: str, processes: Any) -> None:
-    found = processes(CLASSES[name].ranks).run("tests.parallel.test_mixed:on_processes", {"name": name})
+    arguments = {"name": name}
+    found = processes(CLASSES[name].ranks).run(
+        "tests.parallel.test_mixed:on_processes", arguments, timeout=120
+    )
     assert not [text for texts in found for text in texts]

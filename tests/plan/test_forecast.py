@@ -10,10 +10,13 @@ from tests.tiny import CONFIG
 from weft.config.load import from_dict
 from weft.plan.forecast import deadlock, drawn, forecast, pipeline_tables
 from weft.plan.layout import plan_of_run
+from weft.plan.modules_table import largest_of_all, ranks_words
+from weft.plan.plans import plans_of_run
 from weft.plan.show import show, summary
 from weft.plan.table import as_text
+from weft.recipes.digits import digits_vlm
 from weft.recipes.stdlib_lm import stdlib_lm
-from weft.spec.count import count
+from weft.spec.count import count, state_of
 from weft.spec.layout import PlanConfig
 from weft.spec.run import RunConfig
 
@@ -106,3 +109,66 @@ def test_only_a_deadlock_is_drawn() -> None:
     assert deadlock(piped(decoder={"pp": 2}), 2) == ""
     assert deadlock(piped(decoder={"pp": 2}), 3) == ""
     assert deadlock(piped(decoder={"pp": 2}, schedule={"kind": "file", "file": "absent.txt"}), 2) == ""
+
+
+def seen(freeze: tuple[str, ...] = (), **plan: Any) -> RunConfig:
+    """A run with an encoder, in fp32, of four microbatches."""
+    run = digits_vlm()
+    train = replace(run.train, global_batch_size=8, micro_batch_size=1, freeze=freeze)
+    return replace(run, train=train, plan=from_dict(PlanConfig, plan))
+
+
+def test_modules_and_seats() -> None:
+    decoder, vision = {"ranks": "1-3", "dp": 3}, {"ranks": "0-1", "pp": 2}
+    run = seen(decoder=decoder, vision=vision, schedule={"encoder_order": "first"})
+    found = [" ".join(line) for line in shown(run, 4)]
+    told = forecast(run, plan_of_run(run, 4))
+    at = found.index("modules")
+    parts = count(run.model).total
+    assert found[at + 2 : at + 4] == [
+        "vision 0-1 pp 2 level 0 151,872 41,216",
+        f"decoder 1-3 dp 3 level 0 {parts:,}",
+    ]
+    assert "schedule 1f1b, encoders first, 3 stages on 3 seats, 3 microbatches, " in "\n".join(found)
+    rows = [line for line in found if line.startswith(("0 1 vision_1 0 ", "1 2-3 0 ", "2 0 vision_0 "))]
+    passes = "F(vision_0,0) F(vision_0,1) F(vision_0,2) B(vision_0,0)"
+    assert len(rows) == 3
+    assert passes in rows[2]
+    assert told.timeline.peaks() == dict(enumerate(told.proof.live))
+    ElementTree.fromstring(drawn(told))
+
+
+def test_work_of_an_encoder_is_cut_over_its_ranks() -> None:
+    """The same pictures, on one rank or on four: the FLOPs of all ranks together are the same."""
+    work = []
+    for layout in ({"ranks": "0"}, {"dp": 4}, {"tp": 2, "pp": 2}):
+        run = seen(vision=layout)
+        told = forecast(run, plan_of_run(run, 4))
+        spans = (span for span in told.timeline.spans if span.action.unit.startswith("vision"))
+        work.append(sum((span.end - span.start) * len(told.seats[span.rank]) for span in spans))
+    assert work[1:] == pytest.approx([work[0]] * 2)
+
+
+def test_a_frozen_encoder_has_forward_passes_and_weights_only() -> None:
+    run = seen(freeze=("vision",))
+    found = "\n".join(" ".join(line) for line in shown(run, 2))
+    assert "B(vision_0" not in found
+    assert "193,088 parameters, not trained: all" in found
+    sizes = [spec.numel * state_of(spec, "fp32").weight for spec in run.encoders["vision"].params()]
+    alone = replace(run, encoders={})
+    own, other = (largest_of_all(each, plans_of_run(each, 2))[1] for each in (run, alone))
+    assert (own.weights - other.weights, own.moments) == (sum(sizes), other.moments)
+
+
+def test_memory_counts_what_rests_of_encoders() -> None:
+    """Weights, gradients and two moments of every parameter in fp32, the latter two cut in two."""
+    for level, share in ((0, 4.0), (1, 3.5), (2, 2.5), (3, 2.0)):
+        run = seen(vision={"store": {"level": level}})
+        alone = replace(run, encoders={}, plan=PlanConfig())
+        own, other = (largest_of_all(each, plans_of_run(each, 2))[1].state for each in (run, alone))
+        elements = sum(spec.numel for spec in run.encoders["vision"].params())
+        assert own - other == pytest.approx(4 * share * elements, rel=1e-3)
+
+
+def test_ranks_in_words() -> None:
+    assert ranks_words([0, 1, 2, 3, 8, 10, 11]) == "0-3,8,10-11"

@@ -26,7 +26,7 @@ WATCH = """
 import sys
 from weft.recipes.cli import main
 status = main(sys.argv[1:])
-print([name for name in ("torch", "numpy", "rich") if name in sys.modules], file=sys.stderr)
+print([name for name in ("torch", "rich") if name in sys.modules], file=sys.stderr)
 raise SystemExit(status)
 """
 
@@ -63,9 +63,9 @@ def test_a_wrong_file_is_blamed_line_by_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         run_with(f"plan={file}")
     assert [str(problem) for problem in caught.value.problems] == [
-        "plan.scheduel: unknown name; did you mean plan.schedule? (wrong.yaml:4)",
         "plan.decoder.t_p: unknown name; did you mean plan.decoder.tp? (wrong.yaml:2)",
         "plan.decoder.tp: expected a whole number of at least 1, not 'two' (wrong.yaml:3)",
+        "plan.scheduel.kind: unknown name; did you mean plan.schedule.kind? (wrong.yaml:4)",
     ]
 
 
@@ -138,8 +138,26 @@ def test_a_plan_that_does_not_fit(
 
 
 def test_training_refuses_what_is_only_planned(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "stdlib_lm", "--ranks", "4", "plan.decoder.ranks=0-1"]) == 0
-    assert "planned, not run by this version:\n  plan.decoder.ranks: 2 of the 4" in capsys.readouterr().out
+    words = ["stdlib_lm", "--ranks", "2", "plan.decoder.tp=2", "plan.decoder.shard={vocab: none}"]
+    assert main(["plan", *words]) == 0
+    assert "planned, not run by this version:\n  plan.decoder.shard.vocab: " in capsys.readouterr().out
+
+
+def test_a_rank_without_a_module_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "stdlib_lm", "--ranks", "4", "plan.decoder.ranks=0-1"]) == 2
+    assert "plan.decoder.ranks: rank 2 has nothing to do; start 2 ranks, " in capsys.readouterr().err
+
+
+def test_encoders_have_rows_of_their_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    drawing = tmp_path / "step.svg"
+    plan = ["plan", "digits_vlm", "--ranks", "4", f"plan={ROOT / 'plans' / 'digits_overlapping.yaml'}"]
+    assert main([*plan, "train.freeze=[vision.projector]", "--timeline", str(drawing)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:3] == [
+        "vision    pp 2 on ranks 0-1, 193,088 parameters, not trained: projector",
+        "decoder   dp 3 on ranks 1-3",
+    ]
+    assert "seats: 0 is rank 1; 1 is ranks 2-3; 2 is rank 0" in drawing.read_text()
 
 
 def test_training_stops_before_torch() -> None:

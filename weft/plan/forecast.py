@@ -1,6 +1,7 @@
 """What a plan says of its pipeline: stages, the order of their passes, and when these would run.
 
-Costs are the FLOPs of stages (``weft.plan.stages``): a picture of how even they are, not of a device.
+Costs are the FLOPs of stages (``weft.plan.stages``, ``weft.plan.step.cost_of``): a picture of how even they
+are, not of a device.
 """
 
 from dataclasses import dataclass
@@ -10,18 +11,21 @@ from textwrap import shorten
 from weft.config.errors import ConfigError
 from weft.plan.cycle import svg as cycle_svg
 from weft.plan.gantt import svg
-from weft.plan.layout import Plan, plan_of_run
+from weft.plan.layout import Plan
+from weft.plan.modules_table import ranks_words
+from weft.plan.plans import plans_of_run
 from weft.plan.prove import Proof
 from weft.plan.schedule import COMPUTE, Action, Schedule
 from weft.plan.simulate import bubble_formula, simulate
 from weft.plan.stages import Cut, Piece
-from weft.plan.step import schedule_of
+from weft.plan.step import MEDIA, cost_of, step_of
 from weft.plan.table import Row, Table
 from weft.plan.timeline import Timeline
 from weft.spec.hybrid import HybridConfig
 from weft.spec.run import RunConfig
 
 _RANKS, _LETTERS = 12, 88  # the most that are written out: pipeline ranks, and letters of their passes
+_ORDERS = {"lead": "lead", "first": "first", "bubble": "in bubbles"}
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,13 @@ class Forecast:
     """The schedule of a step, and how it would run.
 
     Attributes:
-        name: kind, or file.
-        cut: the model in stages.
+        name: kind, or file; and when encoders run.
+        cut: the decoder in stages.
         schedule: the lists.
         proof: what is known of them.
         timeline: FLOPs of a rank take the place of seconds; transfers are free.
         even: bubble share if all stages cost the same, where a formula is known.
+        seats: ranks of each seat, where the run has encoders.
     """
 
     name: str
@@ -43,12 +48,16 @@ class Forecast:
     proof: Proof
     timeline: Timeline
     even: float | None
+    seats: tuple[tuple[int, ...], ...] = ()
 
     @property
     def words(self) -> str:
         """``1f1b, 4 stages, 8 microbatches``."""
-        stages, parts = len(self.cut.pieces), self.schedule.microbatches
-        on = f" on {self.schedule.graph.seats} ranks" if stages > self.schedule.graph.seats > 1 else ""
+        stages, parts = len(self.schedule.graph.home), self.schedule.microbatches
+        seats = self.schedule.graph.seats
+        on = f" on {seats} ranks" if stages > seats > 1 else ""
+        if self.seats:
+            on = f" on {_count(seats, 'seat')}"
         return f"{self.name}, {_count(stages, 'stage')}{on}, {_count(parts, 'microbatch')}"
 
 
@@ -63,25 +72,30 @@ def forecast(run: RunConfig, plan: Plan) -> Forecast:
     Raises:
         ValueError: the schedule cannot be run, as ``check_run`` says.
     """
-    config, made = run.plan.schedule, _cut_of(run, plan)
+    config, made, plans = run.plan.schedule, _cut_of(plan), plans_of_run(run, plan.world)
     parts = plan.microbatches(run.train)
-    schedule, proof = schedule_of(config, made, parts, plan.decoder.store.level)
+    schedule, proof = step_of(plans, run.modules, config, parts)
     if proof.faults:
         raise ValueError(proof.text)
     ranks = len(plan.decoder.grid.ranks) // plan.decoder.grid.size("pp")
     tokens = plan.together(run.train) * run.data.seq_length / ranks
-    line = simulate(schedule, lambda action: tokens * made.cost(action))
+    costs = cost_of(plans, run.modules, config, made)
+    line = simulate(schedule, lambda action: tokens * costs(action) if action.op in COMPUTE else 0.0)
+    name = config.file or config.kind
+    if run.encoders:
+        order = "" if config.file else f", encoders {_ORDERS[config.encoder_order]}"
+        return Forecast(f"{name}{order}", made, schedule, proof, line, None, plans.seats)
     virtual = len(made.pieces) // schedule.graph.seats
     even = bubble_formula(config.kind, schedule.graph.seats, virtual, parts)
-    return Forecast(config.file or config.kind, made, schedule, proof, line, even)
+    return Forecast(name, made, schedule, proof, line, even)
 
 
 def pipelined(run: RunConfig, plan: Plan) -> Forecast | None:
-    """``forecast`` of a plan that has several stages."""
-    return forecast(run, plan) if plan.cut and len(plan.cut.pieces) > 1 else None
+    """``forecast`` of a plan that has several stages, or of a run with encoders."""
+    return forecast(run, plan) if run.encoders or (plan.cut and len(plan.cut.pieces) > 1) else None
 
 
-def _cut_of(run: RunConfig, plan: Plan) -> Cut:
+def _cut_of(plan: Plan) -> Cut:
     if plan.cut is None:
         raise ValueError("stages depend on the model: make the plan with it")
     return plan.cut
@@ -89,15 +103,21 @@ def _cut_of(run: RunConfig, plan: Plan) -> Cut:
 
 def drawn(told: Forecast) -> str:
     """SVG text of the simulated step."""
-    return svg({f"simulated by FLOPs: {told.words}": told.timeline}, clock="FLOP")
+    seats = "; ".join(f"{i} is {_ranks_of(ranks)}" for i, ranks in enumerate(told.seats[:_RANKS]))
+    named = f"; seats: {seats}{' ...' * (len(told.seats) > _RANKS)}" if told.seats else ""
+    return svg({f"simulated by FLOPs: {told.words}{named}": told.timeline}, clock="FLOP")
+
+
+def _ranks_of(ranks: tuple[int, ...]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {ranks_words(ranks)}"
 
 
 def deadlock(run: RunConfig, ranks: int) -> str:
     """SVG text of pipeline ranks that wait for each other in the run's schedule; empty if none do."""
     try:
-        plan = plan_of_run(run, ranks)
-        parts, level = plan.microbatches(run.train), plan.decoder.store.level
-        schedule, proof = schedule_of(run.plan.schedule, _cut_of(run, plan), parts, level)
+        plans = plans_of_run(run, ranks)
+        parts = plans.decoder.microbatches(run.train)
+        schedule, proof = step_of(plans, run.modules, run.plan.schedule, parts)
     except (ConfigError, ValueError):  # refused for something else
         return ""
     return cycle_svg(schedule, proof.cycle) if proof.cycle else ""
@@ -109,13 +129,18 @@ def schedule_row(told: Forecast) -> Row:
 
 
 def pipeline_tables(model: HybridConfig, told: Forecast) -> list[Table]:
-    """Stages, and what each pipeline rank does."""
-    head = ("stage", "pipeline rank", "layers", "besides", "parameters", "FLOPs")
-    stages = Table("stages", head, tuple(_stage_rows(model, told.cut)))
+    """Stages of the decoder, and what each pipeline rank, or each seat, does."""
     bubble = f"bubble {told.timeline.bubble_share:.1%} by these FLOPs and free transfers"
     bubble += f", {told.even:.1%} if stages were even" if told.even is not None else ""
-    head = ("pipeline rank", "stages", "busy", "kept at most", "first passes")
-    return [stages, Table(f"schedule: {told.words}; {bubble}", head, tuple(_rank_rows(told)))]
+    bubble += f", if encoders fill {MEDIA:.0%} of the tokens" if told.seats else ""
+    head = ("seat", "ranks") if told.seats else ("pipeline rank",)
+    head = (*head, "stages", "busy", "kept at most", "first passes")
+    tables = [Table(f"schedule: {told.words}; {bubble}", head, tuple(_rank_rows(told)))]
+    if len(told.cut.pieces) > 1:
+        head = ("stage", "pipeline rank", "layers", "besides", "parameters", "FLOPs")
+        title = "stages of the decoder" if told.seats else "stages"
+        tables.insert(0, Table(title, head, tuple(_stage_rows(model, told.cut))))
+    return tables
 
 
 def _stage_rows(model: HybridConfig, made: Cut) -> list[Row]:
@@ -151,10 +176,11 @@ def _rank_rows(told: Forecast) -> list[Row]:
     if len(ranks) > _RANKS:
         shown = [*ranks[: _RANKS - 2], None, ranks[-1]]
     return [
-        ("...",) * 5
+        ("...",) * (6 if told.seats else 5)
         if rank is None
         else (
             str(rank),
+            *([ranks_words(told.seats[rank])] if told.seats else []),
             " ".join(graph.at(rank)),
             f"{busy[rank]:.1%}",
             f"{told.proof.live[rank]:,}",

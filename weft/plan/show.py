@@ -8,6 +8,15 @@ from weft.plan.forecast import pipeline_tables, pipelined, schedule_row
 from weft.plan.grid import Grid
 from weft.plan.layout import Plan, of_experts
 from weft.plan.memory import Memory, largest
+from weft.plan.modules_table import (
+    axes_words,
+    encoder_rows,
+    largest_of_all,
+    module_table,
+    place_words,
+    store_words,
+)
+from weft.plan.plans import plans_of_run
 from weft.plan.shard import SHARED, Plane
 from weft.plan.table import Row, Table, bytes_words
 from weft.plan.units import Unit, units
@@ -21,7 +30,8 @@ _INNER = {"tp", "tp_embed", "ep", "etp"}  # axes that are columns of the picture
 def show(run: RunConfig, plan: Plan) -> list[Table]:
     """Everything about a plan that fits: grids and their pictures, units, memory."""
     tables: list[Table] = []
-    for role, grid in _grids(plan):
+    plans = plans_of_run(run, plan.world)
+    for role, grid in (*((name, one.decoder.grid) for name, one in plans.encoders.items()), *_grids(plan)):
         rows = tuple(_axis_rows(grid))
         tables.append(
             Table(f"{role}: {_ranks(grid)}", ("axis", "size", "groups", "ranks") if rows else (), rows)
@@ -37,8 +47,19 @@ def show(run: RunConfig, plan: Plan) -> list[Table]:
         title = "exchanges of a layer, by a rank for one microbatch, forward and backward (a mean)"
         tables.append(Table(title, head, rows))
     told = pipelined(run, plan)
+    tables += [module_table(run, plans)] if run.encoders else []
     tables += pipeline_tables(run.model, told) if told else []
-    return [*tables, memory_table(*largest(run, plan), plan.world)]
+    return [*tables, memory_table(*_largest(run, plan), plan.world, _estimated(run))]
+
+
+def _largest(run: RunConfig, plan: Plan) -> tuple[int, Memory]:
+    """The rank that needs most, with what encoders need to rest."""
+    return largest_of_all(run, plans_of_run(run, plan.world)) if run.encoders else largest(run, plan)
+
+
+def _estimated(run: RunConfig) -> str:
+    """What activations are counted of."""
+    return "estimate, the decoder's" if run.encoders else "estimate"
 
 
 def _grids(plan: Plan) -> Iterator[tuple[str, Grid]]:
@@ -68,22 +89,21 @@ def _exchange_row(
 
 def summary(run: RunConfig, plan: Plan) -> Table:
     """The plan in a few rows."""
-    store, (rank, need) = plan.decoder.store, largest(run, plan)
-    cut = f"level {store.level}" + (f" over {' x '.join(store.over)}" if store.level else "")
+    rank, need = _largest(run, plan)
     state, rest = bytes_words(need.state), bytes_words(need.total - need.state)
     mixtures = any(of_experts(spec) for unit in units(run.model) for spec in unit.specs)
     rows = [("ranks", f"{plan.world:,}")]
-    rows += [(role, axes_words(grid)) for role, grid in _grids(plan) if mixtures or "decoder" in role]
+    rows += encoder_rows(run, plans_of_run(run, plan.world)) if run.encoders else []
+    roles = [(role, axes_words(grid)) for role, grid in _grids(plan) if mixtures or "decoder" in role]
+    if run.encoders and not plan.of_stages:
+        roles[0] = "decoder", place_words(plan)
+    rows += roles
     told = pipelined(run, plan)
     rows += [schedule_row(told)] if told else []
-    rows.append(("store", cut))
-    rows.append(("memory", f"{bytes_words(need.total)} on rank {rank}: state {state}, at work about {rest}"))
+    rows.append(("store", store_words(plan)))
+    work = f"at work about {rest}{' (the decoder)' if run.encoders else ''}"
+    rows.append(("memory", f"{bytes_words(need.total)} on rank {rank}: state {state}, {work}"))
     return Table("", ("", ""), tuple(rows))
-
-
-def axes_words(grid: Grid) -> str:
-    """``dp 4 x tp 2``: the axes that are cut."""
-    return " x ".join(f"{axis} {size}" for axis, size in grid.axes if size > 1) or "one rank"
 
 
 def _ranks(grid: Grid) -> str:
@@ -214,15 +234,15 @@ def _folded_words(plan: Plan, spec: ParamSpec) -> str:
     )
 
 
-def memory_table(rank: int, need: Memory, world: int) -> Table:
-    """Bytes of the rank that needs most."""
+def memory_table(rank: int, need: Memory, world: int, activations: str = "estimate") -> Table:
+    """Bytes of the rank that needs most; ``activations``: what is said of these."""
     rows = [
         ("weights", need.weights),
         ("gradients", need.gradients),
         ("master weights", need.master),
         ("moments", need.moments),
         ("units at work", need.gathered),
-        ("activations (estimate)", need.activations),
+        (f"activations ({activations})", need.activations),
         ("together", need.total),
     ]
     title = "memory" if world == 1 else f"memory of rank {rank}, which needs most"

@@ -144,7 +144,8 @@ def _train(verbs: Verbs) -> None:
         from weft.train.run import train
 
         where = train(resolved.config, resolved.origins)
-        _next(f"weft generate {where} --prompt 'def '", f"open {where / 'report.html'}")
+        write = () if resolved.config.encoders else (f"weft generate {where} --prompt 'def '",)
+        _next(*write, f"open {where / 'report.html'}")
         return 0
 
     example = "weft train stdlib_lm train.train_iters=100 optimizer.lr=2e-3"

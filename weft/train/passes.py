@@ -88,9 +88,9 @@ class Stages(Work):
             places = group.wanted(member.mesh.rank, inside)
             if name in member.module.moved:
                 rows = model.projectors[name](rows)
-            if places:
-                at = torch.cat([torch.arange(run.start, run.stop, device=x.device) for run in places])
-                x = written(x, rows.to(x.dtype), at)
+            starts = [torch.arange(run.start, run.stop, device=x.device) for run in places]
+            at = torch.cat(starts) if starts else torch.zeros(0, dtype=torch.int64, device=x.device)
+            x = written(x, rows.to(x.dtype), at)  # also no rows: what needs gradients is alike on all ranks
         return x
 
     def _encode(self, stage: str, piece: Piece, encoding: Encoding, inputs: Values) -> Made:
