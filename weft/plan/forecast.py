@@ -24,7 +24,8 @@ from weft.plan.timeline import Timeline
 from weft.spec.hybrid import HybridConfig
 from weft.spec.run import RunConfig
 
-_RANKS, _LETTERS = 12, 88  # the most that are written out: pipeline ranks, and letters of their passes
+# The most that are written out: pipeline ranks, letters of their passes, and seats beside a picture.
+_RANKS, _LETTERS, _SEATS = 12, 88, 5
 _ORDERS = {"lead": "lead", "first": "first", "bubble": "in bubbles"}
 
 
@@ -103,9 +104,10 @@ def _cut_of(plan: Plan) -> Cut:
 
 def drawn(told: Forecast) -> str:
     """SVG text of the simulated step."""
-    seats = "; ".join(f"{i} is {_ranks_of(ranks)}" for i, ranks in enumerate(told.seats[:_RANKS]))
-    named = f"; seats: {seats}{' ...' * (len(told.seats) > _RANKS)}" if told.seats else ""
-    return svg({f"simulated by FLOPs: {told.words}{named}": told.timeline}, clock="FLOP")
+    seats = "; ".join(f"{i} is {_ranks_of(ranks)}" for i, ranks in enumerate(told.seats[:_SEATS]))
+    named = f"; seats: {seats}{' ...' * (len(told.seats) > _SEATS)}" if told.seats else ""
+    text = svg({f"simulated by FLOPs: {told.words}{named}": told.timeline}, clock="FLOP")
+    return text.replace(">rank ", ">seat ") if told.seats else text  # what lanes are called
 
 
 def _ranks_of(ranks: tuple[int, ...]) -> str:

@@ -81,8 +81,8 @@ def digits_vlm() -> RunConfig:
         data=DataConfig(
             source="digits", seq_length=120, template="plain", tokenizer=TokenizerConfig(vocab_size=_TEXT)
         ),
-        train=TrainConfig(train_iters=260, global_batch_size=24, micro_batch_size=12),
-        validation=ValidationConfig(eval_interval=65, eval_iters=4),
+        train=TrainConfig(train_iters=300, global_batch_size=24, micro_batch_size=12),
+        validation=ValidationConfig(eval_interval=100, eval_iters=4),
         optimizer=OptimizerConfig(lr=2e-3, min_lr=2e-5),
         scheduler=SchedulerConfig(lr_warmup_iters=20),
         checkpoint=CheckpointConfig(load="auto"),
