@@ -24,7 +24,7 @@ from weft.spec.hybrid import HybridConfig
 from weft.spec.layout import PlanConfig
 from weft.spec.param import ParamSpec
 from weft.spec.run import OptimizerConfig, RunConfig, TrainConfig
-from weft.spec.vision import VisionConfig
+from weft.spec.vision import VisionConfig, kept
 from weft.train.loop import Trainer
 from weft.train.team import assembled
 
@@ -129,8 +129,11 @@ class Mixed:
             frames, groups = (config.frames, int(rng.integers(1, 3))) if ref[0] % 4 == 1 else (1, 1)
             sizes = ((frames, *grid),) * groups
         else:
-            sizes = ((int(rng.integers(3, 60)),),)
-        return Item(name, sizes, sum(config.outputs(size) for size in sizes), ref)
+            frames, sizes = 1, ((int(rng.integers(3, 60)),),)
+        rows = sum(config.outputs(size) for size in sizes)
+        if isinstance(config, VisionConfig) and config.pruning and frames > 1:
+            rows = kept(len(sizes), config.outputs(sizes[0]), config.pruning)
+        return Item(name, sizes, rows, ref)
 
 
 def _batch(

@@ -1,7 +1,7 @@
 """Plans of multimodal runs: one or more for each class of configurations, and random ones."""
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tests.parallel.mixed import AUDIO, DENSE, ENCODERS, SPARSE, VISION, config_of
@@ -44,6 +44,8 @@ def _stored(layout: dict[str, Any]) -> dict[str, Any]:
     return layout
 
 
+NARROW = {"vision": VISION, "audio": replace(AUDIO, hidden_size=8)}
+PRUNED = {"vision": replace(VISION, pruning=0.6), "audio": AUDIO}
 MANY = {"left": VISION, "right": VISION, "sound": AUDIO}
 CLASSES: dict[str, Mixed] = {
     "homogeneous": Mixed(4, {"tp": 2, "dp": 2}, {"vision": {"tp": 2}, "audio": {"tp": 2}}),
@@ -103,6 +105,19 @@ CLASSES: dict[str, Mixed] = {
     "frozen encoders": Mixed(3, {"ranks": "1-2", "dp": 2}, train={"freeze": ("vision", "audio")}),
     "frozen bodies, projectors trained": Mixed(
         4, {"tp": 2, "dp": 2}, train={"freeze": ("vision.body", "audio.body")}
+    ),
+    "narrower side of a frozen encoder crosses": Mixed(
+        4, {"tp": 2, "dp": 2}, train={"freeze": ("audio.body",)}, models=NARROW
+    ),
+    "the same, disjoint and in stages": Mixed(
+        4,
+        {"ranks": "2-3", "pp": 2, "level": 1},
+        {"vision": {"ranks": "0-1", "tp": 2}, "audio": {"ranks": "0-1", "pp": 2}},
+        train={"freeze": ("audio.body", "decoder")},
+        models=NARROW,
+    ),
+    "videos without their unchanging rows": Mixed(
+        4, {"tp": 2, "dp": 2}, {"vision": {"dp": 4}, "audio": {"tp": 2}}, models=PRUNED
     ),
     "frozen decoder, in stages": Mixed(2, {"pp": 2}, train={"freeze": ("decoder",)}),
     "recomputed": Mixed(2, {"tp": 2}, {"vision": {"tp": 2}}, train={"recompute": True}, sparse=True),

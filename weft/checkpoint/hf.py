@@ -17,7 +17,7 @@ import torch
 from weft.checkpoint.hf_source import FLOATS, INDEX, Source, open_source, read_json, side_files
 from weft.checkpoint.hf_target import MADE, draft, write_file, write_weights
 from weft.checkpoint.load import Checkpoint, match, open_checkpoint
-from weft.checkpoint.model import model_config, run_of
+from weft.checkpoint.model import encoders_of, model_config, run_of
 from weft.checkpoint.save import save
 from weft.checkpoint.shard import Piece
 from weft.config.errors import CheckpointError, Problem
@@ -81,6 +81,9 @@ def export_hf(ckpt: Path, hf_dir: Path) -> Path:
     """
     checkpoint = open_checkpoint(ckpt)
     config = model_config(checkpoint)
+    if encoders := encoders_of(checkpoint):
+        names = ", ".join(encoders)
+        raise CheckpointError(f"{ckpt} has encoders ({names}); this version exports models of text alone")
     match(checkpoint, config.params(), "model/")
     if problems := hf_hybrid.unpublishable(config):
         raise CheckpointError("\n".join([f"{ckpt} cannot be exported:", *_lines(problems)]))

@@ -172,14 +172,20 @@ def _read(fd: int, begin: int, into: memoryview) -> str:
     return digest.hexdigest()
 
 
-def match(checkpoint: Checkpoint, specs: Sequence[ParamSpec], prefix: str = "") -> None:
+def match(
+    checkpoint: Checkpoint, specs: Sequence[ParamSpec], prefix: str = "", others: Sequence[str] = ()
+) -> None:
     """Check that the tensors under ``prefix`` are exactly those of a model. Dtypes may differ.
+
+    Tensors of ``others``, modules that are not asked for, may lie there too.
 
     Raises:
         CheckpointError: every missing, surplus and misshapen tensor at once.
     """
     wanted = {f"{prefix}{spec.name}": spec.shape for spec in specs}
-    held = {name: checkpoint.shape(name) for name in checkpoint.names() if name.startswith(prefix)}
+    besides = tuple(f"{prefix}{other}." for other in others)
+    names = (name for name in checkpoint.names() if name.startswith(prefix) and not name.startswith(besides))
+    held = {name: checkpoint.shape(name) for name in names}
     missing = [name for name in wanted if name not in held]
     surplus = [name for name in held if name not in wanted]
     other = [name for name, shape in wanted.items() if held.get(name, shape) != shape]

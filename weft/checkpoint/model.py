@@ -1,6 +1,7 @@
 """A model from a checkpoint, and the tokenizer that lies beside it."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,8 +20,7 @@ def model_config(checkpoint: Checkpoint) -> HybridConfig:
     Raises:
         CheckpointError: the checkpoint names no model.
     """
-    text = checkpoint.meta.get("config")
-    held = parse(text, f"{checkpoint.path}: config").values.get("model") if isinstance(text, str) else None
+    held = _section(checkpoint, "model")
     if not isinstance(held, dict):
         raise CheckpointError(
             f"{checkpoint.path}: its manifest describes no model; it was not written by weft"
@@ -28,17 +28,28 @@ def model_config(checkpoint: Checkpoint) -> HybridConfig:
     return from_dict(HybridConfig, held)
 
 
+def encoders_of(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Names of the encoders that the run had which wrote a checkpoint."""
+    return tuple(_section(checkpoint, "encoders") or ())
+
+
+def _section(checkpoint: Checkpoint, name: str) -> Any:
+    """A section of the run's settings as plain values; None if it is not there."""
+    text = checkpoint.meta.get("config")
+    return parse(text, f"{checkpoint.path}: config").values.get(name) if isinstance(text, str) else None
+
+
 def load_model(
     path: Path, precision: str = "fp32", device: torch.device | None = None
 ) -> tuple[HybridLM, HybridConfig]:
-    """The model of a run, checkpoints or step directory.
+    """The model of a run, checkpoints or step directory; of a multimodal one its decoder.
 
     Raises:
         CheckpointError: nothing committed there, damage, or tensors that do not fit its config.
     """
     checkpoint = open_checkpoint(path)
     config = model_config(checkpoint)
-    match(checkpoint, config.params(), "model/")
+    match(checkpoint, config.params(), "model/", encoders_of(checkpoint))
     where = device or torch.device("cpu")
     return assemble_from(
         config, precision, where, lambda name, box: checkpoint.read(f"model/{name}", box)

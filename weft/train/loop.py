@@ -27,7 +27,7 @@ from weft.spec.modules import DECODER
 from weft.spec.precision import PRECISIONS
 from weft.spec.run import RunConfig
 from weft.train.ahead import Ahead, Ready
-from weft.train.encode import Fetch
+from weft.train.encode import Fetch, Inputs
 from weft.train.memory import peak_memory
 from weft.train.objective import PARTS, Outcome, Run, Taken, Totals, who_read
 from weft.train.optimizer import Optimizer, RouterLoad, in_order, load_row
@@ -111,7 +111,7 @@ class Trainer:
         self.seconds = 0.0
         self._steps = 0
         self._read = 0  # tokens of the steps of this process, and the keys that they saw
-        self._keys = 0.0
+        self._keys = self._media = 0.0  # and FLOPs of encoders
         self._master: torch.dtype = getattr(torch, PRECISIONS[config.train.precision].master)
 
     @property
@@ -177,7 +177,15 @@ class Trainer:
     def flops_per_token(self) -> float:
         """Arithmetic of a token, mean over the steps so far; of whole windows before the first one."""
         context = self._keys / self._read if self._read else mean_context((self.config.data.seq_length,))
-        return training_flops_per_token(self.config.model, context)
+        return training_flops_per_token(self.config.model, context) + self._media / max(1, self._read)
+
+    def _encoding(self, inputs: Inputs) -> float:
+        """Arithmetic of all encoders' layers in a step; a backward pass counts as two forward passes."""
+        return sum(
+            (1.0 if self.team.modules.all[name].frozen else 3.0)
+            * sum(map(group.config.flops, group.sequences.rows))
+            for (name, _), group in inputs.groups.items()
+        )
 
     def next_step(self, iteration: int, steps: Iterator[Iterable[Batch]]) -> dict[str, Any]:
         """``step`` on the next item of ``steps``, waited for and counted as part of the step."""
@@ -205,7 +213,7 @@ class Trainer:
         for store in self.stores.values():
             store.zero_grad()
         self.spans = self.executor.run()
-        return row | self._progress(taken.totals, began) | self._loads
+        return row | self._progress(taken.totals, self._encoding(inputs), began) | self._loads
 
     def _note(self, run: Run, made: Outcome) -> None:
         """What one stage made of a microbatch."""
@@ -248,8 +256,8 @@ class Trainer:
         hashed = as_text(self.comm.all_reduce(self._sums.routing))
         return {"router_entropy": dict(zip(names, spread, strict=True)), "routing_hash": hashed}
 
-    def _progress(self, totals: Totals, began: float) -> dict[str, Any]:
-        """Add the step to what has been done; the part of the row that tells it."""
+    def _progress(self, totals: Totals, media: float, began: float) -> dict[str, Any]:
+        """Add the step to what has been done; the row that tells it. ``media``: encoders' FLOPs."""
         device = self.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the step ends when its work has, not when it is queued
@@ -258,13 +266,15 @@ class Trainer:
         self.tokens += totals.targets[0]
         self.seconds += seconds
         self._read += totals.tokens
+        self._media += media
         self._keys += totals.tokens * totals.context
         return {
             "tokens": self.tokens,
             "samples": self.samples,
             "seconds": self.seconds,
             "tokens_per_second": totals.tokens / seconds,
-            "flops_per_token": training_flops_per_token(self.config.model, totals.context),
+            "flops_per_token": training_flops_per_token(self.config.model, totals.context)
+            + media / totals.tokens,
             "memory_gib": peak_memory(device),
         }
 
