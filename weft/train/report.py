@@ -24,6 +24,7 @@ from weft.train.metrics import replace_text
 from weft.train.record import Record, read_run
 from weft.train.report_answers import Compared, answers_section, by_reason, comparison, encoders
 from weft.train.report_cards import expert_cards, grid, learning_cards, speed_cards
+from weft.train.report_plan import plan_section
 from weft.train.report_style import CSS
 from weft.train.report_timeline import timeline_section
 from weft.train.units import BASELINES, compared, duration, printable, short
@@ -50,7 +51,13 @@ def render(record: Record) -> str:
         sections.append(f"<h2>Speed and memory</h2>{grid(speed)}")
     if experts:
         sections.append(f"<h2>Experts</h2>{grid(experts)}")
-    sections += [timeline_section(record), _sample(record), _settings(record), _environment(record)]
+    sections += [
+        plan_section(record),
+        timeline_section(record),
+        _sample(record),
+        _settings(record),
+        _environment(record),
+    ]
     body = "".join(sections) + "<footer>Made by Weft from the files of the run directory.</footer>"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

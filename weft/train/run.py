@@ -29,6 +29,7 @@ from weft.parallel.launch import connected
 from weft.parallel.together import on_chief, on_every
 from weft.parallel.watchdog import Watchdog
 from weft.plan.check import check_run, executable
+from weft.plan.modules_table import module_table
 from weft.plan.plans import plans_of_run
 from weft.plan.step import step_of
 from weft.spec.count import count, count_parts
@@ -349,6 +350,11 @@ class Run:
         model, _ = load_model(self.dir, config.train.precision, self.device)
         return sample(model, self.corpus.tokenizer, config)
 
+    def _plan(self) -> dict[str, Any]:
+        """Where each module lies, as a table."""
+        table = module_table(self.config, self.plans)
+        return {"ranks": self.comm.size, "head": table.head, "rows": table.rows}
+
     def _summary(self, valid: Evaluation | None, exports: bool) -> dict[str, Any]:
         config, split = self.config, self.corpus.splits.get("valid")
         counts, total = count(config.model), sum(count_parts(config.modules).values())
@@ -365,6 +371,7 @@ class Run:
             "tokens": self.trainer.tokens,
             "seconds": self.trainer.seconds,
             "sample": self._sample(),
+            "plan": self._plan(),
             "paths": {name: str(path) for name, path in paths.items()},
         }
         if skipped := self._skipped():
