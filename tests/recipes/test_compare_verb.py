@@ -61,7 +61,7 @@ def test_a_fault_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         (["one"], "--plan: 1 given, but two are compared"),
         (["one", "ranks=x"], "ranks: 'x' is not a number of ranks"),
         (["one", "decoder.tp=5"], "plan.decoder.tp: "),
-        (["one", "ranks=4 decoder.ranks=0-1"], "can be planned, but not run by this version"),
+        (["one", "ranks=4 decoder.ranks=0-1"], "rank 2 has nothing to do"),
         (["one", "missing.yaml"], "there is no file missing.yaml"),
         (["one", "decoder.rows=2"], "plan.decoder.rows: unknown name"),
     ],

@@ -56,16 +56,15 @@ def check_run(run: RunConfig, world: int) -> list[Problem]:
     except ConfigError as error:
         return list(dict.fromkeys([*found, *error.problems]))
     found += [problem for name in run.encoders for problem in _encoder(run, plans, name)]
-    found += _idle(plans)
+    found += idle(plans)
     return found or [*_tokens(run, plans.decoder), *_schedule(run, plans)]
 
 
-def _idle(plans: Plans) -> Iterator[Problem]:
+def idle(plans: Plans) -> list[Problem]:
     """Ranks that no module has."""
     ranks = [rank for rank in range(plans.world) if not plans.of_rank(rank)]
-    if ranks:
-        fix = f"start {plans.world - len(ranks)} ranks, or name these too"
-        yield Problem("plan.decoder.ranks", f"rank {ranks[0]} has nothing to do; {fix}")
+    fix = f"start {plans.world - len(ranks)} ranks, or name these too"
+    return [Problem("plan.decoder.ranks", f"rank {rank} has nothing to do; {fix}") for rank in ranks[:1]]
 
 
 def _encoder(run: RunConfig, plans: Plans, name: str) -> Iterator[Problem]:

@@ -8,9 +8,11 @@ from weft.config.errors import ConfigError, Problem
 from weft.config.load import to_dict
 from weft.config.resolve import leaves, override_layer, resolve
 from weft.config.text import dump_value
-from weft.plan.check import check, executable
+from weft.plan.check import check, executable, idle
 from weft.plan.layout import plan_of
+from weft.plan.plans import plans_of
 from weft.spec.layout import PlanConfig
+from weft.spec.modules import Modules
 from weft.spec.run import RunConfig
 
 EXAMPLE = 'weft compare stdlib_lm --plan one --plan "ranks=4 decoder.tp=2 decoder.dp=2"'
@@ -86,7 +88,10 @@ def parse_side(text: str, run: RunConfig) -> Side:
     if counts:
         ranks = int(counts[-1]) if counts[-1].isdecimal() else 0
     problems = [Problem("ranks", f"{counts[-1]!r} is not a number of ranks, such as 4")] if not ranks else []
-    problems = problems or check(run.model, plan, ranks) or executable(plan_of(plan, ranks, run.model))
+    problems = problems or check(run.model, plan, ranks)
+    if not problems:
+        plans = plans_of(plan, ranks, Modules(run.model))
+        problems = idle(plans) or executable(plans.decoder)
     if problems:
         raise ConfigError(Problem(p.path, f"{p.message} (--plan {text!r})") for p in problems)
     return Side(text, plan, ranks)
