@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from weft.config.base import Config
 from weft.models.hybrid import Localize
 from weft.nn.context import Context
-from weft.nn.encoder import EncoderBlock, Projector
+from weft.nn.encoder import EncoderBlock, Projector, pieces_of
 from weft.nn.linear import LayerNorm
 from weft.nn.module import Layer
 from weft.ops.segments import Segments
@@ -27,38 +27,39 @@ def whole(config: C) -> C:
 
 
 class Encoder(Layer, Generic[E]):
-    """Items to residual rows of the decoder. Subclasses make the layers and read the items.
+    """Items to residual rows of the decoder. Subclasses make the layers.
 
     Args:
         config: the whole encoder.
-        embed: makes the unit ``embed``.
-        block: makes a layer from its number.
-        local: each layer's config as one rank computes it.
-        has: whether a unit is here.
+        local: each layer's config as one rank computes it; the same by default.
+        has: whether a unit is here; all are by default.
 
     Attributes:
         rows: of so many rows, those that this rank has between its sharded layers (see ``Context.rows``).
     """
 
     def __init__(
-        self,
-        config: E,
-        embed: Callable[[], Layer],
-        block: Callable[[int], EncoderBlock],
-        local: Localize,
-        has: Callable[[str], bool],
+        self, config: E, local: Localize = whole, has: Callable[[str], bool] = lambda unit: True
     ) -> None:
         super().__init__()
         self.config = config
         self.rows: Callable[[int], slice] = lambda rows: slice(None)
         if has("embed"):
-            self.embed = embed()
+            self.embed = self.make_embed(local)
         here = (i for i in range(len(config.blocks)) if has(f"layers.{i}"))
-        self.layers = nn.ModuleDict({str(i): block(i) for i in here})
+        self.layers = nn.ModuleDict({str(i): self.make_block(i, local) for i in here})
         if config.norm and has("norm"):
             self.norm = LayerNorm(local(config.norm))
         if has("projector"):
             self.projector = Projector(config.projector)
+
+    def make_embed(self, local: Localize) -> Layer:
+        """The unit ``embed``, called with what ``first`` is, and pieces and sizes of sequences."""
+        raise NotImplementedError
+
+    def make_block(self, number: int, local: Localize) -> EncoderBlock:
+        """A layer."""
+        raise NotImplementedError
 
     def units(self) -> dict[str, nn.Module]:
         """Modules whose parameters rest and move together, by name, in the order of use."""
@@ -84,14 +85,17 @@ class Encoder(Layer, Generic[E]):
         rows = self.through(self.first(data, ctx), range(len(self.config.blocks)), ctx)
         return self.projector(self.last(rows, ctx))
 
-    def first(self, data: Sequence[Tensor], ctx: Context) -> Float[Tensor, "rows embed"]:
+    def first(self, data: Sequence[Float[Tensor, "_ _"]], ctx: Context) -> Float[Tensor, "rows embed"]:
         """The rows of this rank before the first layer.
 
         Args:
-            data: what each piece of these rows (``ctx.pieces.part``) is made of.
+            data: what each piece of these rows (``ctx.pieces.part``) is made of (``config.reads``): patches
+                in block order, each as ``[frames * channels * patch * patch]`` normalized numbers, or mel
+                frames; none where a piece has only prefix rows.
             ctx: the pass.
         """
-        raise NotImplementedError
+        pieces = pieces_of(ctx)
+        return self.embed(data, pieces.part(range(pieces.rows)[ctx.rows]), pieces.sizes)
 
     def through(
         self, x: Float[Tensor, "rows embed"], layers: Iterable[int], ctx: Context

@@ -1,6 +1,6 @@
 """The vision encoder, and which rows of a video are kept."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -17,37 +17,21 @@ from weft.spec.vision import VisionConfig, kept
 
 
 class VisionEncoder(Encoder[VisionConfig]):
-    """Patches of pictures and of groups of frames to residual rows of the decoder.
-
-    Args:
-        config: the whole encoder.
-        local: each layer's config as one rank computes it; the same by default.
-        has: whether a unit is here; all are by default.
-    """
+    """Patches of pictures and of groups of frames to residual rows of the decoder."""
 
     def __init__(
         self, config: VisionConfig, local: Localize = whole, has: Callable[[str], bool] = lambda unit: True
     ) -> None:
-        super().__init__(
-            config,
-            lambda: Patches(local(config.embed)),
-            lambda i: VisionBlock(local(config.blocks[i])),
-            local,
-            has,
-        )
+        super().__init__(config, local, has)
         self.regroup = Regroup(config.prefix, config.merge**2)
 
-    def first(self, data: Sequence[Float[Tensor, "_ _"]], ctx: Context) -> Float[Tensor, "rows embed"]:
-        """The rows of this rank before the first layer.
+    def make_embed(self, local: Localize) -> Patches:
+        """Projections of patches, with positions and a prefix."""
+        return Patches(local(self.config.embed))
 
-        Args:
-            data: patches of each piece of these rows, in block order, each as
-                ``[frames * channels * patch * patch]`` normalized numbers; none where a piece has only
-                prefix rows.
-            ctx: the pass.
-        """
-        pieces = pieces_of(ctx)
-        return self.embed(data, pieces.part(range(pieces.rows)[ctx.rows]), pieces.sizes)
+    def make_block(self, number: int, local: Localize) -> VisionBlock:
+        """A transformer layer."""
+        return VisionBlock(local(self.config.blocks[number]))
 
     def last(self, x: Float[Tensor, "rows embed"], ctx: Context) -> Float[Tensor, "outputs feature"]:
         """Without the prefix; the patches of a block side by side."""

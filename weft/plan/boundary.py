@@ -17,7 +17,7 @@ from weft.plan.assign import assign
 from weft.plan.items import Item, Piece, Pieces, Placed, Size
 from weft.plan.layout import Plan
 from weft.plan.plans import Plans
-from weft.plan.route import End, Route, compile_route
+from weft.plan.route import End, Route, compile_route, transpose
 from weft.plan.runs import Run
 from weft.plan.shard import share
 from weft.spec.encoder import EncoderConfig
@@ -146,7 +146,7 @@ class Group:
 
     def __init__(self, plans: Plans, name: str, config: EncoderConfig, tables: Sequence[Table]) -> None:
         self.plans, self.name, self.config, self.tables = plans, name, config, tuple(tables)
-        self.plan, self.layout = plans.all[name], plans.all[name].decoder
+        self.layout = plans.all[name].decoder
         self.sequences = sequences(config, name, tables)
         self._last = self.layout.grid.size("pp") - 1
         self._route = cache(self._compile)
@@ -193,6 +193,11 @@ class Group:
         cp, grid = self.layout.grid.size("cp"), self.layout.grid
         first = grid.index(rank, "dp") * cp
         return Pieces(self.sequences.sizes, self.bins[first : first + cp], grid.index(rank, "cp"))
+
+    def prepare(self) -> None:
+        """Compile every route now, so that nobody waits for it later."""
+        for microbatch in range(len(self.tables)):
+            transpose(self.route(microbatch))
 
     @property
     def empty(self) -> bool:

@@ -55,13 +55,17 @@ class Ahead:
         self._pool = ThreadPoolExecutor(1, "weft-media") if fetch and team.modules.encoders else None
         self._coming: _Coming | WeftError | None = None
 
-    def next(self, steps: Iterator[Iterable[Batch]], more: bool = True) -> Iterator[Ready]:
-        """The next step's data, as an iterator of one; ``more``: begin with those of the step after it."""
+    def next(self, steps: Iterator[Iterable[Batch]], more: bool = True) -> Ready:
+        """The next step's data; ``more``: begin with those of the step after it.
+
+        Raises:
+            DataError: on every rank, if the data of one cannot be used.
+        """
         coming = self._coming or self._begin(steps)
         self._coming = self._begin(steps) if more and self._every else None
         if isinstance(coming, WeftError):
             raise coming
-        yield Ready(coming.taken, self._arrived(coming))
+        return Ready(coming.taken, self._arrived(coming))
 
     def _begin(self, steps: Iterator[Iterable[Batch]]) -> "_Coming | WeftError":
         """Exchange lengths, and start to read."""

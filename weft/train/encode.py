@@ -139,7 +139,10 @@ def groups_of(team: Team, every: Mapping[str, int], tables: Sequence[Table]) -> 
 
 
 def fetched(team: Team, inputs: Inputs, read: Fetch) -> Inputs:
-    """With what the ranks of first stages read."""
+    """With routes compiled, and what the ranks of first stages read."""
+    for (name, _), group in inputs.groups.items():
+        if team.borders[name].sends or team.borders[name].receives:
+            group.prepare()
     here = (
         (key, team.members[key[0]], group) for key, group in inputs.groups.items() if key[0] in team.members
     )

@@ -92,7 +92,7 @@ def evaluate(
             break
         lacks = schedule.microbatches - len(read) if team.decoder else 0
         read += [empty(team.modules.decoder.depths + 1) for _ in range(lacks)]
-        taken, inputs = next(ahead.next(iter([read]), more=False))
+        taken, inputs = ahead.next(iter([read]), more=False)
         work.read(taken.batches, taken.tables, inputs)
         executor.run()
         tokens += sum(batch.targets[0] for batch in read) * leads

@@ -26,7 +26,7 @@ from weft.spec.count import mean_context, training_flops_per_token
 from weft.spec.modules import DECODER
 from weft.spec.precision import PRECISIONS
 from weft.spec.run import RunConfig
-from weft.train.ahead import Ahead, Ready
+from weft.train.ahead import Ahead
 from weft.train.encode import Fetch, Inputs
 from weft.train.memory import peak_memory
 from weft.train.objective import PARTS, Outcome, Run, Taken, Totals, who_read
@@ -189,7 +189,7 @@ class Trainer:
 
     def next_step(self, iteration: int, steps: Iterator[Iterable[Batch]]) -> dict[str, Any]:
         """``step`` on the next item of ``steps``, waited for and counted as part of the step."""
-        return self._step(iteration, self.ahead.next(steps))
+        return self._step(iteration, steps, more=True)
 
     def step(self, iteration: int, batches: Iterable[Batch]) -> dict[str, Any]:
         """One optimizer step (``iteration`` counts from 1); the row for ``metrics.jsonl``.
@@ -200,11 +200,11 @@ class Trainer:
             NotFinite: a loss or gradient that is not finite; nothing has been updated then.
             DataError: every label masked, a token id outside the vocabulary, or data that cannot be read.
         """
-        return self._step(iteration, self.ahead.next(iter([batches]), more=False))
+        return self._step(iteration, iter([batches]), more=False)
 
-    def _step(self, iteration: int, ready: Iterator[Ready]) -> dict[str, Any]:
+    def _step(self, iteration: int, steps: Iterator[Iterable[Batch]], more: bool) -> dict[str, Any]:
         began = time.perf_counter()
-        taken, inputs = next(ready)
+        taken, inputs = self.ahead.next(steps, more)
         self._sums = _Sums(torch.zeros(len(PARTS), dtype=self._master, device=self.device))
         row: dict[str, Any] = {}
         known = {"seed": self.config.run.seed, "tally": {}, "full": self._full}

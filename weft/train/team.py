@@ -6,8 +6,7 @@ from itertools import pairwise
 
 import torch
 
-from weft.build.model import Model, assemble_module
-from weft.build.model import Values as Source
+from weft.build.model import Model, Values, assemble_module
 from weft.models.hybrid import HybridLM
 from weft.parallel.border import Border
 from weft.parallel.comm import Comm
@@ -18,6 +17,7 @@ from weft.plan.plans import Plans, stage_of
 from weft.plan.schedule import Edge
 from weft.plan.stages import Cut
 from weft.spec.modules import DECODER, Module, Modules
+from weft.spec.precision import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -110,37 +110,20 @@ class Team:
         plan = self.plans.decoder
         return plan.cut or uncut(self.modules.decoder, plan.schedule)
 
-    @property
-    def level(self) -> int:
-        """Of the decoder's store."""
-        return self.plans.decoder.decoder.store.level
 
-
-def team_of(
-    plans: Plans, modules: Modules, comm: Comm, models: Mapping[str, Model], device: torch.device
+def assembled(
+    plans: Plans, modules: Modules, comm: Comm, precision: str, device: torch.device, values: Values
 ) -> Team:
-    """This rank's team, of models that lie as the plans say; a collective call."""
-    rank, members = comm.ranks[comm.rank], dict[str, Member]()
-    for name, plan in plans.of_rank(rank).items():
-        members[name] = Member.of(modules.all[name], Mesh(plan, comm), models[name])
-    kinds = {p.dtype for member in members.values() for p in member.model.parameters() if p.dtype.itemsize}
-    dtype = min(kinds, key=lambda kind: kind.itemsize, default=torch.float32)
+    """This rank's team, of models made from values by name; a collective call."""
+    members: dict[str, Member] = {}
+    for name, plan in plans.of_rank(comm.ranks[comm.rank]).items():
+        module, mesh = modules.all[name], Mesh(plan, comm)
+        members[name] = Member.of(module, mesh, assemble_module(module, precision, device, values, mesh))
+    dtype: torch.dtype = getattr(torch, PRECISIONS[precision].params)
     borders = {
         name: Border(plans, name, modules.width(name), comm, dtype, device) for name in modules.encoders
     }
     return Team(plans, modules, comm, members, borders)
-
-
-def assembled(
-    plans: Plans, modules: Modules, comm: Comm, precision: str, device: torch.device, values: Source
-) -> Team:
-    """This rank's team, of models made from values by name; a collective call."""
-    here = plans.of_rank(comm.ranks[comm.rank])
-    models = {
-        name: assemble_module(modules.all[name], precision, device, values, Mesh(plan, comm))
-        for name, plan in here.items()
-    }
-    return team_of(plans, modules, comm, models, device)
 
 
 def decoder_only(model: HybridLM, mesh: Mesh) -> Team:
