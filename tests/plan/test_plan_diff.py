@@ -26,7 +26,7 @@ def elements(laid: Plan, rank: int, precision: str) -> tuple[dict[str, set[int]]
     """Numbers of the elements of each parameter that rest at a rank: weights, optimizer state."""
     weights: dict[str, set[int]] = {}
     state: dict[str, set[int]] = {}
-    if rank not in laid.decoder.grid:
+    if rank not in laid.dense.grid:
         return weights, state
     stage = laid.position(rank)
     for unit in units(MODEL):
@@ -45,7 +45,7 @@ def elements(laid: Plan, rank: int, precision: str) -> tuple[dict[str, set[int]]
                 cut = [members[i] for i in mine]
                 for place, chosen in (
                     (state, cut),
-                    (weights, cut if laid.decoder.store.level == 3 else members),
+                    (weights, cut if laid.dense.store.level == 3 else members),
                 ):
                     for parameter, number in chosen:
                         place.setdefault(parameter, set()).add(number)
@@ -68,7 +68,7 @@ PLANS = [
 def test_bytes_equal_sets_of_elements(before: Plan, after: Plan) -> None:
     specs = {spec.name: state_of(spec, "bf16") for spec in MODEL.params()}
     each: dict[int, int] = {}
-    for rank in after.decoder.grid.ranks:
+    for rank in after.dense.grid.ranks:
         old, new = elements(before, rank, "bf16"), elements(after, rank, "bf16")
         each[rank] = 0
         for kind, (there, wanted) in enumerate(zip(old, new, strict=True)):

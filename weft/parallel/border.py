@@ -34,7 +34,7 @@ class Border:
     def __init__(
         self, plans: Plans, name: str, width: int, comm: Comm, dtype: torch.dtype, device: torch.device
     ) -> None:
-        layout, reader = plans.all[name].decoder, plans.decoder.at(0).decoder
+        layout, reader = plans.all[name].dense, plans.decoder.at(0).dense
         last = layout.grid.size("pp") - 1
         senders = layout.holders((last,), tuple(range(layout.places)))
         readers = reader.holders((0,), tuple(range(reader.places)))

@@ -95,7 +95,7 @@ def _sent(arrival: Arrival) -> None:
 
 
 def _alike(plan: Plan, source: int, target: int) -> bool:
-    return plan.at(source).decoder.plane == plan.at(target).decoder.plane
+    return plan.at(source).dense.plane == plan.at(target).dense.plane
 
 
 def _party(mesh: Mesh, source: int, target: int) -> tuple[int, ...]:
@@ -111,7 +111,7 @@ def _party(mesh: Mesh, source: int, target: int) -> tuple[int, ...]:
 
 def _at(plan: Plan, position: int, feature: int) -> tuple[int, ...]:
     """Ranks of a pipeline rank that have these features of the residual stream."""
-    layout = plan.at(position).decoder
+    layout = plan.at(position).dense
     wide = layout.plane.tp_embed
     return layout.holders((position,), tuple(range(feature, layout.places, wide)))
 

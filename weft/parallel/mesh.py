@@ -30,7 +30,7 @@ class Mesh:
     def __init__(self, plan: Plan, comm: Comm) -> None:
         self.rank = comm.ranks[comm.rank]
         self.whole, self.plan, self.comm = plan, plan.of_rank(self.rank), comm
-        self.layout = self.plan.decoder
+        self.layout = self.plan.dense
         self.position = plan.position(self.rank)
         self.plane = self.layout.plane
         self.place = self.layout.place(self.rank)

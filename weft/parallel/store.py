@@ -55,7 +55,7 @@ class Store:
     ) -> None:
         self.mesh = mesh or mesh_of(PlanConfig(), SingleComm())
         config = self.mesh.layout.store
-        roles = (self.mesh.plan.decoder, self.mesh.plan.experts)
+        roles = (self.mesh.plan.dense, self.mesh.plan.experts)
         self._comms = {id(layout): self.mesh.store(layout) for layout in roles}
         self.level = config.level if any(comm.size > 1 for comm in self._comms.values()) else 0
         self.master_dtype: torch.dtype = getattr(torch, PRECISIONS[precision].master)

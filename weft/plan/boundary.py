@@ -59,7 +59,7 @@ class Tokens:
 
 def residual(plan: Plan, position: int, sizes: Sequence[int]) -> Iterator[Tokens]:
     """The tokens of every rank of a pipeline rank, for samples of these sizes."""
-    layout = plan.at(position).decoder
+    layout = plan.at(position).dense
     ends = list(accumulate(sizes, initial=0))
     for rank in layout.holders((position,), tuple(range(layout.places))):
         own = share(len(sizes), layout.readers, layout.grid.index(rank, "dp"))
@@ -146,7 +146,7 @@ class Group:
 
     def __init__(self, plans: Plans, name: str, config: EncoderConfig, tables: Sequence[Table]) -> None:
         self.plans, self.name, self.config, self.tables = plans, name, config, tuple(tables)
-        self.layout = plans.all[name].decoder
+        self.layout = plans.all[name].dense
         self.sequences = sequences(config, name, tables)
         self._last = self.layout.grid.size("pp") - 1
         self._route = cache(self._compile)
@@ -246,7 +246,7 @@ class Group:
     @cached_property
     def feature_parts(self) -> int:
         """Into how many parts the decoder cuts features; a source sends all its rows' first parts first."""
-        return self.plans.decoder.at(0).decoder.plane.tp_embed
+        return self.plans.decoder.at(0).dense.plane.tp_embed
 
     def route(self, microbatch: int) -> Route:
         """Rows of a microbatch of the group, from the encoder's last stage to the decoder's first."""

@@ -70,7 +70,7 @@ def idle(plans: Plans) -> list[Problem]:
 def _encoder(run: RunConfig, plans: Plans, name: str) -> Iterator[Problem]:
     """What an encoder's layers do not allow."""
     config, plan = run.encoders[name], plans.all[name]
-    layout, path = plan.decoder, f"plan.{name}"
+    layout, path = plan.dense, f"plan.{name}"
     causes: dict[str, None] = {}
     for spec in config.params():
         try:
@@ -107,14 +107,14 @@ def check(model: HybridConfig, config: PlanConfig, world: int, batch: int = 0) -
 
 def _layout(model: HybridConfig, plan: Plan) -> list[Problem]:
     """Problems of the layout of one pipeline rank."""
-    plane = plan.decoder.plane
+    plane = plan.dense.plane
     found = [*_maps(plan), *_counts(model, plane)]
     return found or [*_norms(model, plane), *_overlaps(model, plane), *_sharing(model, plan)]
 
 
 def _tables(plan: Plan) -> Iterator[Problem]:
     """A token table on two pipeline ranks lies alike on both."""
-    planes = [plan.at(position).decoder.plane for position in plan.positions("embed")]
+    planes = [plan.at(position).dense.plane for position in plan.positions("embed")]
     if len(set(planes)) > 1:
         first, last = (plane.tp for plane in planes)
         message = (
@@ -144,14 +144,14 @@ def _schedule(run: RunConfig, plans: Plans) -> Iterator[Problem]:
 def executable(plan: Plan) -> list[Problem]:
     """What this version plans, shows and costs but does not run yet; paths start with ``plan``."""
     found: list[Problem] = []
-    if plan.decoder.plane.size > 1 and "vocab" not in plan.decoder.plane.shard:
+    if plan.dense.plane.size > 1 and "vocab" not in plan.dense.plane.shard:
         message = "a vocabulary that every rank of a plane holds can be planned, but not run by this version"
         found.append(Problem("plan.decoder.shard.vocab", f"{message}; remove it"))
     return found
 
 
 def _maps(plan: Plan) -> Iterator[Problem]:
-    plane = plan.decoder.plane
+    plane = plan.dense.plane
     for name in sorted(_WHOLE - plane.shard) if plane.size > 1 else ():
         message = f"none, but {plane.size} ranks share each layer ({_product(plane)}); remove it"
         yield Problem(f"shard.{name}", f"{message}: only mlp and vocab may stay whole")
@@ -247,7 +247,7 @@ def _overlaps(model: HybridConfig, plane: Plane) -> Iterator[Problem]:
 
 
 def _grid(model: HybridConfig, plan: Plan, batch: int) -> Iterator[Problem]:
-    grid = plan.decoder.grid
+    grid = plan.dense.grid
     if 0 < batch < grid.size("dp"):
         fix = f"set dp to {batch} or less (more tp, fewer ranks), or raise that"
         message = f"{grid.size('dp')} readers share train.global_batch_size = {batch} sequences; {fix}"
@@ -260,14 +260,14 @@ def _grid(model: HybridConfig, plan: Plan, batch: int) -> Iterator[Problem]:
 
 def _sharing(model: HybridConfig, plan: Plan) -> Iterator[Problem]:
     """Forms of attention and scans that the heads of a rank do not allow."""
-    plane, cp = plan.decoder.plane, plan.decoder.grid.size("cp")
+    plane, cp = plan.dense.plane, plan.dense.grid.size("cp")
     for mixer in dict.fromkeys(_mixers(model)):
         own = localize(mixer, plane, 0)
         match own:
             case AttentionConfig():
-                reason = attend_refusal(plan.decoder.attend, own.heads, own.kv_heads, cp)
+                reason = attend_refusal(plan.dense.attend, own.heads, own.kv_heads, cp)
             case MambaConfig():
-                reason = scan_refusal(plan.decoder.scan, own.heads, own.groups, cp)
+                reason = scan_refusal(plan.dense.scan, own.heads, own.groups, cp)
             case _:
                 continue
         name, _, message = reason.partition(": ")
@@ -294,7 +294,7 @@ def _experts(model: HybridConfig, plan: Plan) -> Iterator[Problem]:
 
 
 def _tokens(run: RunConfig, plan: Plan) -> Iterator[Problem]:
-    plane, cp = plan.decoder.plane, plan.decoder.grid.size("cp")
+    plane, cp = plan.dense.plane, plan.dense.grid.size("cp")
     if run.data.seq_length < plane.size * cp:
         message = (
             f"{plane.size * cp} ranks share the tokens of a sample of data.seq_length = {run.data.seq_length}"

@@ -43,7 +43,7 @@ class Moved:
 def diff(before: Plan, after: Plan) -> list[Change]:
     """Every axis, dimension and setting of the store that differs, in the words of the settings."""
     found: list[Change] = [("ranks", str(before.world), str(after.world))]
-    old, new = before.decoder, after.decoder
+    old, new = before.dense, after.dense
     found.append(("decoder.ranks", _span(old.grid), _span(new.grid)))
     found += _axes("decoder", old.grid, new.grid)
     for name in SHARD:
@@ -70,7 +70,7 @@ def _cuts(before: Plan, after: Plan) -> Iterator[Change]:
     old, new = ([str(len(piece.layers)) for piece in p.cut.pieces] if p.cut else [] for p in (before, after))
     if len(old) > 1 or len(new) > 1:
         yield "layers of the stages", " ".join(old), " ".join(new)
-    was, now = (" ".join(str(p.decoder.plane.tp) for p in each.of_stages) for each in (before, after))
+    was, now = (" ".join(str(p.dense.plane.tp) for p in each.of_stages) for each in (before, after))
     yield "decoder.tp_of_stages", was, now
 
 
@@ -89,7 +89,7 @@ def _span(grid: Grid) -> str:
 def moved(model: HybridConfig, precision: str, before: Plan, after: Plan) -> Moved:
     """Bytes that ranks receive on the way from ``before`` to ``after``; every rank has its old state."""
     old, new = _Side(model, precision, before), _Side(model, precision, after)
-    each = [(_received(old, new, rank), rank) for rank in after.decoder.grid.ranks]
+    each = [(_received(old, new, rank), rank) for rank in after.dense.grid.ranks]
     most, rank = max(each, key=lambda pair: (pair[0], -pair[1]))
     return Moved(sum(count for count, _ in each), most, rank)
 
@@ -134,7 +134,7 @@ class _Side:
             [(spec.name, each.weight, each.master + each.moments) for spec, each in _states(unit, precision)]
             for unit in self.units
         ]
-        positions = range(plan.decoder.grid.size("pp"))
+        positions = range(plan.dense.grid.size("pp"))
         self._names = [
             [{name for name in unit.names if position in plan.positions(name)} for position in positions]
             for unit in self.units
@@ -144,11 +144,11 @@ class _Side:
 
     def names(self, unit: int, rank: int) -> set[str]:
         """Units of a kind that a rank has."""
-        return self._names[unit][self.plan.position(rank)] if rank in self.plan.decoder.grid else set()
+        return self._names[unit][self.plan.position(rank)] if rank in self.plan.dense.grid else set()
 
     def resting(self, unit: int, rank: int) -> tuple[Boxes, Boxes]:
         """Boxes that rest at a rank: weights, and the optimizer's state."""
-        level = self.plan.decoder.store.level
+        level = self.plan.dense.store.level
         weights, state = dict[str, tuple[Box, ...]](), dict[str, tuple[Box, ...]]()
         for buffer in self._of(unit, rank):
             cut = buffer.cut(*self.plan.of_rank(rank).rests(buffer.specs[0], rank))
@@ -158,7 +158,7 @@ class _Side:
 
     def _of(self, unit: int, rank: int) -> list[_Buffer]:
         plan = self.plan.of_rank(rank)
-        key = unit, plan.decoder.places, plan.decoder.place(rank), plan.experts.place(rank)
+        key = unit, plan.dense.places, plan.dense.place(rank), plan.experts.place(rank)
         if key not in self._buffers:
             groups: dict[tuple[StateBytes, bool, bool], list[ParamSpec]] = {}
             for spec, each in _states(self.units[unit], self._precision):

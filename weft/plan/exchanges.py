@@ -23,27 +23,27 @@ def exchanges(run: RunConfig, plan: Plan) -> Iterator[Exchange]:
 
     Attention and scans where ranks share tokens; experts where ranks share them, under balanced routing.
     """
-    policy, shared = PRECISIONS[run.train.precision], plan.decoder.grid.size("cp")
+    policy, shared = PRECISIONS[run.train.precision], plan.dense.grid.size("cp")
     item = ITEMSIZE[policy.params]
-    samples = min(run.train.micro_batch_size, -(-run.train.global_batch_size // plan.decoder.readers))
+    samples = min(run.train.micro_batch_size, -(-run.train.global_batch_size // plan.dense.readers))
     lengths = (run.data.seq_length,) * samples
-    counts = plan.decoder.tokens(sum(lengths))
+    counts = plan.dense.tokens(sum(lengths))
     for unit in units(run.model):
         if unit.block is None:
             continue
         name = unit.kind + (f" x {len(unit.names)}" if len(unit.names) > 1 else "")
-        mixer = localize(unit.block.mixer, plan.decoder.plane, 0)
+        mixer = localize(unit.block.mixer, plan.dense.plane, 0)
         match mixer:
             case AttentionConfig() if shared > 1:
                 heads = mixer.heads, mixer.kv_heads, mixer.head_dim
                 found = choose_attend(AttendShape(lengths, counts, *heads, item))
-                yield _shared(name, "decoder.attend", plan.decoder.attend, found, shared)
+                yield _shared(name, "decoder.attend", plan.dense.attend, found, shared)
             case MambaConfig() if shared > 1:
                 sizes = mixer.heads, mixer.head_dim, mixer.groups, mixer.state, mixer.conv
                 shape = ScanShape(lengths, counts, *sizes, item, ITEMSIZE[policy.master])
-                yield _shared(name, "decoder.scan", plan.decoder.scan, choose_scan(shape), shared)
+                yield _shared(name, "decoder.scan", plan.dense.scan, choose_scan(shape), shared)
             case MoEConfig() if plan.experts.places > 1 and isinstance(whole := unit.block.mixer, MoEConfig):
-                own = len(plan.decoder.plane.rows(counts[0], 0))
+                own = len(plan.dense.plane.rows(counts[0], 0))
                 yield _experts(name, whole, plan, own, item)
             case _:
                 pass

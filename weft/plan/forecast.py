@@ -78,7 +78,7 @@ def forecast(run: RunConfig, plan: Plan) -> Forecast:
     schedule, proof = step_of(plans, run.modules, config, parts)
     if proof.faults:
         raise ValueError(proof.text)
-    ranks = len(plan.decoder.grid.ranks) // plan.decoder.grid.size("pp")
+    ranks = len(plan.dense.grid.ranks) // plan.dense.grid.size("pp")
     tokens = plan.together(run.train) * run.data.seq_length / ranks
     costs = cost_of(plans, run.modules, config, made)
     line = simulate(schedule, lambda action: tokens * costs(action) if action.op in COMPUTE else 0.0)

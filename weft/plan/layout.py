@@ -81,7 +81,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Decoder(Layout):
+class Dense(Layout):
     """Layout of everything but the routed experts.
 
     Attributes:
@@ -107,7 +107,7 @@ class Decoder(Layout):
 
 @dataclass(frozen=True)
 class Experts(Layout):
-    """Layout of the routed experts, over the decoder's ranks and stages.
+    """Layout of the routed experts, over the ranks and stages of the rest.
 
     Attributes:
         transport: how tokens travel.
@@ -124,7 +124,7 @@ class Plan:
 
     Attributes:
         world: number of ranks.
-        decoder: of everything but the routed experts.
+        dense: of everything but the routed experts.
         experts: of these.
         cut: stages of the model and the pipeline ranks that have them; None without a model.
         of_stages: the plan of each pipeline rank where they differ in tp; it holds for its ranks only.
@@ -132,7 +132,7 @@ class Plan:
     """
 
     world: int
-    decoder: Decoder
+    dense: Dense
     experts: Experts
     schedule: ScheduleConfig
     cut: Cut | None = None
@@ -150,16 +150,16 @@ class Plan:
     def level(self) -> int:
         """Of the store; 0 where nobody shares a copy of what it holds."""
         plans = (self, *self.of_stages)
-        return self.decoder.store.level if any(max(p.decoder.cuts, p.experts.cuts) > 1 for p in plans) else 0
+        return self.dense.store.level if any(max(p.dense.cuts, p.experts.cuts) > 1 for p in plans) else 0
 
     def position(self, rank: int) -> int:
         """Pipeline rank of a rank."""
-        return self.decoder.grid.index(rank, "pp")
+        return self.dense.grid.index(rank, "pp")
 
     @property
     def readers(self) -> int:
         """Ranks (or groups of them) that read different samples, where they are fewest."""
-        return min(plan.decoder.readers for plan in (self, *self.of_stages))
+        return min(plan.dense.readers for plan in (self, *self.of_stages))
 
     def together(self, train: TrainConfig) -> int:
         """Sequences that all readers compute at the same time, at most."""
@@ -177,7 +177,7 @@ class Plan:
         """
         if self.cut is not None:
             return self.cut.ranks_of(name)
-        if self.decoder.grid.size("pp") > 1:
+        if self.dense.grid.size("pp") > 1:
             raise ValueError("which pipeline rank has a unit depends on the model: make the plan with it")
         return (0,)
 
@@ -187,7 +187,7 @@ class Plan:
 
     def of(self, spec: ParamSpec) -> Layout:
         """The layout of a parameter."""
-        return self.experts if of_experts(spec) else self.decoder
+        return self.experts if of_experts(spec) else self.dense
 
     def held(self, spec: ParamSpec, rank: int) -> tuple[Held, ...]:
         """Boxes of a parameter of this rank's stage that the rank computes with; holders are places.
@@ -198,7 +198,7 @@ class Plan:
         place = self.of(spec).place(rank)
         if of_experts(spec):
             return expert_boxes(spec.dims, self.experts.grid.size("ep"), self.experts.grid.size("etp"), place)
-        return held(spec, self.decoder.plane, place)
+        return held(spec, self.dense.plane, place)
 
     def shape(self, spec: ParamSpec, rank: int) -> tuple[int, ...]:
         """Shape of this rank's tensor of a parameter of its stage."""
@@ -275,9 +275,9 @@ def plan_of_run(run: RunConfig, world: int) -> Plan:
 
 
 def _grids(config: PlanConfig, world: int, problems: list[Problem]) -> Plan | None:
-    decoder = _decoder(config.decoder, world, problems)
-    experts = _experts(config.experts, decoder, problems) if decoder else None
-    return Plan(world, decoder, experts, config.schedule) if decoder and experts else None
+    dense = _dense(config.decoder, world, problems)
+    experts = _experts(config.experts, dense, problems) if dense else None
+    return Plan(world, dense, experts, config.schedule) if dense and experts else None
 
 
 def _of_stages(config: PlanConfig, problems: list[Problem]) -> list[PlanConfig]:
@@ -313,7 +313,7 @@ def _cut(config: PlanConfig, model: HybridConfig, context: float, problems: list
     return None
 
 
-def _decoder(config: LayoutConfig, world: int, problems: list[Problem]) -> Decoder | None:
+def _dense(config: LayoutConfig, world: int, problems: list[Problem]) -> Dense | None:
     found = [problem.under("decoder") for problem in _wrong(config, world)]
     problems += found
     if found:
@@ -326,7 +326,7 @@ def _decoder(config: LayoutConfig, world: int, problems: list[Problem]) -> Decod
     shard = frozenset(name for name, axis in table.items() if axis == "tp")
     over = tuple(axis for axis in ("dp", "cp") if axis in config.store.over)
     plane = Plane(config.tp, config.tp_embed, shard)
-    return Decoder(grid, config.store, over, plane, config.attend, config.scan)
+    return Dense(grid, config.store, over, plane, config.attend, config.scan)
 
 
 def _wrong(config: LayoutConfig, world: int) -> Iterator[Problem]:
@@ -374,9 +374,9 @@ def _wrong_store(config: LayoutConfig, dp: int) -> Iterator[Problem]:
         )
 
 
-def _experts(config: ExpertsConfig, decoder: Decoder, problems: list[Problem]) -> Experts | None:
-    pp = decoder.grid.size("pp")
-    stage = len(decoder.grid.ranks) // pp
+def _experts(config: ExpertsConfig, dense: Dense, problems: list[Problem]) -> Experts | None:
+    pp = dense.grid.size("pp")
+    stage = len(dense.grid.ranks) // pp
     inner = config.ep * config.etp
     if stage % inner:
         fitting = ", ".join(map(str, divisors(stage)))
@@ -387,5 +387,5 @@ def _experts(config: ExpertsConfig, decoder: Decoder, problems: list[Problem]) -
         problems.append(Problem("experts.ep", message))
         return None
     axes = (("pp", pp), ("edp", stage // inner), ("ep", config.ep), ("etp", config.etp))
-    grid = Grid(decoder.grid.ranks, axes)
-    return Experts(grid, replace(decoder.store, shards=0), ("edp",), config.transport, config.node)
+    grid = Grid(dense.grid.ranks, axes)
+    return Experts(grid, replace(dense.store, shards=0), ("edp",), config.transport, config.node)

@@ -61,7 +61,7 @@ def largest(run: RunConfig, plan: Plan) -> tuple[int, Memory]:
 
     One rank of each stage is looked at: uneven cuts (``shard.share``) give the first place the most.
     """
-    firsts = plan.decoder.firsts
+    firsts = plan.dense.firsts
     return max(((rank, memory(run, plan.of_rank(rank), rank)) for rank in firsts), key=lambda p: p[1].total)
 
 
@@ -74,14 +74,14 @@ def memory(run: RunConfig, plan: Plan, rank: int) -> Memory:
         if count:
             rests, busy = _unit(plan, unit, rank, run.train.precision)
             total += Memory(**{f.name: count * getattr(rests, f.name) for f in fields(rests)})
-            working += [busy] * min(count, 2 + plan.decoder.store.prefetch)
-    at_work = sum(sorted(working)[-1 - plan.decoder.store.prefetch :])
+            working += [busy] * min(count, 2 + plan.dense.store.prefetch)
+    at_work = sum(sorted(working)[-1 - plan.dense.store.prefetch :])
     return total + Memory(gathered=at_work, activations=_activations(run, plan, rank))
 
 
 def _unit(plan: Plan, unit: Unit, rank: int, precision: str) -> tuple[Memory, int]:
     """What rests of one unit, and the bytes of its whole weights and gradients where those are cut."""
-    level = plan.decoder.store.level
+    level = plan.dense.store.level
     buffers: dict[tuple[StateBytes, bool, bool], tuple[int, int]] = {}
     for spec in unit.specs:
         key = state_of(spec, precision), spec.decay, of_experts(spec)
@@ -129,9 +129,9 @@ def _activations(run: RunConfig, plan: Plan, rank: int) -> int:
 
     Where a pipeline rank has several stages, each pass counts as the mean of them.
     """
-    model, grid, plane = run.model, plan.decoder.grid, plan.decoder.plane
-    position, place = plan.position(rank), plan.decoder.place(rank)
-    sequences = -(-plan.together(run.train) // plan.decoder.readers)
+    model, grid, plane = run.model, plan.dense.grid, plan.dense.plane
+    position, place = plan.position(rank), plan.dense.place(rank)
+    sequences = -(-plan.together(run.train) // plan.dense.readers)
     last = position in plan.positions("head")
     policy = PRECISIONS[run.train.precision]
     count = -(-sequences * run.data.seq_length // grid.size("cp"))
@@ -166,7 +166,7 @@ def _in_flight(run: RunConfig, plan: Plan, position: int) -> float:
     """Microbatches of which a pipeline rank keeps what all its stages keep."""
     if plan.cut is None or len(plan.cut.pieces) == 1:
         return 1.0
-    level, parts = plan.decoder.store.level, plan.microbatches(run.train)
+    level, parts = plan.dense.store.level, plan.microbatches(run.train)
     _, proof = schedule_of(plan.schedule, plan.cut, parts, level)
     return proof.live[position] / len(plan.cut.at(position)) if proof.live else 1.0
 

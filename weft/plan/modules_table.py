@@ -30,7 +30,7 @@ def ranks_words(ranks: Sequence[int]) -> str:
 
 def place_words(plan: Plan) -> str:
     """``dp 3 on ranks 1-3``: axes, and ranks where those are not all."""
-    grid = plan.decoder.grid
+    grid = plan.dense.grid
     if len(grid.ranks) == plan.world:
         return axes_words(grid)
     return f"{axes_words(grid)} on ranks {ranks_words(grid.ranks)}" if len(grid.ranks) > 1 else _one(grid)
@@ -42,7 +42,7 @@ def _one(grid: Grid) -> str:
 
 def store_words(plan: Plan) -> str:
     """``level 2 over dp``."""
-    store = plan.decoder.store
+    store = plan.dense.store
     return f"level {store.level}" + (f" over {' x '.join(store.over)}" if store.level else "")
 
 
@@ -52,7 +52,7 @@ def encoder_rows(run: RunConfig, plans: Plans) -> list[Row]:
     for name, plan in plans.encoders.items():
         parameters = sum(count for part, count in _parts(run, name).items() if part != DECODER)
         words = [place_words(plan), f"{parameters:,} parameters"]
-        words += [f"store {store_words(plan)}"] if plan.decoder.store.level else []
+        words += [f"store {store_words(plan)}"] if plan.dense.store.level else []
         words += ["projector with the decoder"] if name in run.modules.moved else []
         words += [f"not trained: {frozen}"] if (frozen := _frozen(run, name)) else []
         rows.append((name, ", ".join(words)))
@@ -71,8 +71,8 @@ def module_table(run: RunConfig, plans: Plans) -> Table:
         rows.append(
             (
                 name,
-                ranks_words(plan.decoder.grid.ranks),
-                axes_words(plan.decoder.grid),
+                ranks_words(plan.dense.grid.ranks),
+                axes_words(plan.dense.grid),
                 store_words(plan),
                 f"{parts[DECODER if name == DECODER else f'{name}.body']:,}",
                 projector,
@@ -101,7 +101,7 @@ def largest_of_all(run: RunConfig, plans: Plans) -> tuple[int, Memory]:
 
     One rank of each seat, and of each stage of the decoder, is looked at.
     """
-    ranks = sorted({*(seat[0] for seat in plans.seats), *plans.decoder.decoder.firsts})
+    ranks = sorted({*(seat[0] for seat in plans.seats), *plans.decoder.dense.firsts})
     return max(((rank, _memory(run, plans, rank)) for rank in ranks), key=lambda pair: pair[1].total)
 
 
@@ -128,7 +128,7 @@ def _state(plan: Plan, module: Module, spec: ParamSpec, rank: int, precision: st
     if spec.buffer or not module.trains(spec.name):
         return Memory(weights=state.weight * whole)
     cuts, _ = plan.rests(spec, rank)
-    level = plan.decoder.store.level if cuts > 1 else 0
+    level = plan.dense.store.level if cuts > 1 else 0
     cut = -(-whole // cuts)
     own = cut if level in (1, 2) else 0
     return Memory(

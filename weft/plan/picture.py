@@ -13,7 +13,7 @@ _NUMBERED = 512  # ranks up to which squares carry their numbers
 
 def svg(plan: Plan) -> str:
     """SVG text. The decoder's planes are blocks; hue is the stage and the reader, or the experts held."""
-    grid, plane = plan.decoder.grid, plan.decoder.plane
+    grid, plane = plan.dense.grid, plan.dense.plane
     place = _places(grid, plane.tp, plane.tp_embed)
     columns = max(x for x, _ in map(place, range(len(grid.ranks)))) + 1
     lines = max(y for _, y in map(place, range(len(grid.ranks)))) + 1

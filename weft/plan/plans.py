@@ -53,7 +53,7 @@ class Plans:
 
     def of_rank(self, rank: int) -> dict[str, Plan]:
         """Of the modules that a rank has a part of."""
-        return {name: plan for name, plan in self.all.items() if rank in plan.decoder.grid}
+        return {name: plan for name, plan in self.all.items() if rank in plan.dense.grid}
 
     @cached_property
     def _of_rank(self) -> Mapping[int, tuple[tuple[str, int], ...]]:
@@ -61,7 +61,7 @@ class Plans:
         order = [DECODER, *self.encoders]
         return {
             rank: tuple(
-                (name, self.all[name].position(rank)) for name in order if rank in self.all[name].decoder.grid
+                (name, self.all[name].position(rank)) for name in order if rank in self.all[name].dense.grid
             )
             for rank in range(self.world)
         }
@@ -72,7 +72,7 @@ class Plans:
         found: dict[tuple[tuple[str, int], ...], list[int]] = {}
         for rank, parts in self._of_rank.items():
             found.setdefault(parts, []).append(rank)
-        last = self.decoder.decoder.grid.size("pp")
+        last = self.decoder.dense.grid.size("pp")
 
         def order(parts: tuple[tuple[str, int], ...]) -> tuple[int, int]:
             return dict(parts).get(DECODER, last), found[parts][0]
@@ -97,10 +97,10 @@ class Plans:
         if len(self.seats_of(module, position)) == 1:
             return False
         plan = self.all[module].at(position)
-        level = plan.decoder.store.level
+        level = plan.dense.store.level
         wide = ("dp",) if self.everyone and module == DECODER else ()
-        axes = [(*wide, "cp", "tp", "tp_embed"), *([plan.decoder.over] if level >= 2 else [])]
-        groups = list(self._groups(plan.decoder, position, axes))
+        axes = [(*wide, "cp", "tp", "tp_embed"), *([plan.dense.over] if level >= 2 else [])]
+        groups = list(self._groups(plan.dense, position, axes))
         axes = [("ep", "etp"), *([plan.experts.over] if level >= 2 else [])]
         groups += self._groups(plan.experts, position, axes)
         return any(len({self._seat[rank] for rank in group}) > 1 for group in groups)

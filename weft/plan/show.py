@@ -31,7 +31,7 @@ def show(run: RunConfig, plan: Plan) -> list[Table]:
     """Everything about a plan that fits: grids and their pictures, units, memory."""
     tables: list[Table] = []
     plans = plans_of_run(run, plan.world)
-    for role, grid in (*((name, one.decoder.grid) for name, one in plans.encoders.items()), *_grids(plan)):
+    for role, grid in (*((name, one.dense.grid) for name, one in plans.encoders.items()), *_grids(plan)):
         rows = tuple(_axis_rows(grid))
         tables.append(
             Table(f"{role}: {_ranks(grid)}", ("axis", "size", "groups", "ranks") if rows else (), rows)
@@ -180,13 +180,13 @@ def _formula(grid: Grid) -> str:
 def _unit_rows(plan: Plan, unit: Unit) -> Iterator[Row]:
     positions = plan.positions(unit.names[0])
     plan = plan.at(positions[0])
-    rank = plan.decoder.firsts[positions[0]]
+    rank = plan.dense.firsts[positions[0]]
     several = f" x {len(unit.names)}" if len(unit.names) > 1 else ""
     for i, spec in enumerate(unit.specs):
         here, layout = plan.shape(spec, rank), plan.of(spec)
         copies = sorted({len(layout.holders(positions, piece.holders)) for piece in plan.held(spec, rank)})
         folded = layout is plan.experts
-        cut = _folded_words(plan, spec) if folded else _cut_words(plan.decoder.plane, spec, here)
+        cut = _folded_words(plan, spec) if folded else _cut_words(plan.dense.plane, spec, here)
         label = unit.kind + several if i == 0 else ""
         yield label, spec.name, _shape(spec.shape), cut, _shape(here), ", ".join(f"{n:,}" for n in copies)
 

@@ -92,7 +92,7 @@ def loom_of(plans: Plans, modules: Modules, config: ScheduleConfig) -> Loom:
 
 
 def _tower(plans: Plans, modules: Modules, name: str, every: int) -> Tower:
-    positions = range(plans.all[name].decoder.grid.size("pp"))
+    positions = range(plans.all[name].dense.grid.size("pp"))
     names = tuple(stage_of(name, position) for position in positions)
     joined = (stage for position, stage in enumerate(names) if plans.joined(name, position))
     seats = tuple(plans.seats_of(name, position) for position in positions)
@@ -105,10 +105,10 @@ def cost_of(plans: Plans, modules: Modules, config: ScheduleConfig, stages: Cut)
     What encoders read is not known before the data is: half of the tokens are taken to be theirs, in
     sequences of ROWS rows.
     """
-    decoder, every = plans.decoder.decoder.grid, max(1, config.encoder_group)
+    decoder, every = plans.decoder.dense.grid, max(1, config.encoder_group)
     shares: dict[str, float] = {}
     for name, encoder in modules.encoders.items():
-        grid = plans.all[name].decoder.grid
+        grid = plans.all[name].dense.grid
         row = encoder.flops(ROWS) / ROWS * encoder.grain * MEDIA
         ranks = len(grid.ranks) / (len(decoder.ranks) / decoder.size("pp"))
         shares[name] = row * every / ranks

@@ -29,7 +29,7 @@ class Side:
     @property
     def readers(self) -> int:
         """Ranks that read different samples."""
-        return plan_of(self.plan, self.ranks).decoder.readers
+        return plan_of(self.plan, self.ranks).dense.readers
 
     @property
     def settings(self) -> list[str]:

@@ -339,7 +339,7 @@ class Run:
 
     def _sample(self) -> dict[str, str]:
         """Text that the model makes: of the model in memory, or of its checkpoint where ranks share it."""
-        layout, config, lm = self.plans.decoder.decoder, self.config, self.trainer.team.lm
+        layout, config, lm = self.plans.decoder.dense, self.config, self.trainer.team.lm
         if config.encoders:  # generation takes text alone so far
             return {}
         whole = layout.plane.size == 1 and layout.grid.size("pp") == 1
