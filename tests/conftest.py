@@ -1,5 +1,6 @@
-"""GPU tests skip where there is no GPU; gangs of processes are shared; no property test is timed."""
+"""GPU tests skip where there is no GPU; gangs of processes are shared; each worker has a core."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,15 @@ from hypothesis import settings
 
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+
+def pytest_configure() -> None:
+    """One core for each xdist worker: threads of a gang pass the interpreter's lock on, which takes twice as
+    long from core to core."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tests import tiny
+from tests.once import once
 from tests.parallel.gated_linear_attention import OutOfTreeConfig
 from tests.parallel.plans import Case
 from weft.build.model import assemble_from, tensors
@@ -52,7 +52,7 @@ def model_of(case: Case) -> HybridConfig:
     return config
 
 
-@lru_cache(maxsize=4)
+@once(4)
 def values_of(config: HybridConfig, seed: int = 1) -> dict[str, Tensor]:
     """Every parameter and buffer, all at random."""
     generator = torch.Generator().manual_seed(seed)
@@ -133,7 +133,7 @@ def compared(trainer: Trainer, rows: list[dict[str, Any]], case: Case, samples: 
     return found + _missing(seen, want, trainer.comm)
 
 
-@lru_cache(maxsize=64)
+@once(64)
 def reference(
     config: HybridConfig, samples: int, together: int, packed: bool, length: int
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tests.once import once
 from tests.tiny import CONFIG
 from weft.build.model import Values
 from weft.data.batch import Batch, empty, join
@@ -211,7 +212,7 @@ def run(trainer: Trainer) -> list[dict[str, Any]]:
     return [trainer.next_step(i, steps) for i in (1, 2)]
 
 
-@lru_cache(maxsize=32)
+@once(32)
 def _reference(key: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     config = _KEYS[key]
     trainer = trainer_of(config, SingleComm())

@@ -8,7 +8,7 @@ import pytest
 
 from tests.parallel import equal, plans
 
-PROCESSES, MOST_PROCESSES, AT_ONCE = 15, 4, 20
+PROCESSES, MOST_PROCESSES, AT_ONCE = 15, 4, 50
 ROOT = Path(__file__).parents[2]
 
 

@@ -1,13 +1,12 @@
 """Routes on ranks: equal to the legs in one process, first in first out, transposed, counted."""
 
-from functools import cache
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tests.gangs import Gangs, threads
+from tests.once import once
 from tests.plan.routes import Values, carried, even, lower_bound, numbers, random_pair, whole
 from weft.parallel.comm import Comm, SingleComm
 from weft.parallel.ledger import LedgerComm, record
@@ -30,7 +29,7 @@ def mine(values: Values, comm: Comm) -> Tensor | None:
     return torch.from_numpy(values[me(comm)]) if me(comm) in values else None
 
 
-@cache
+@once(256)
 def routes(seed: int) -> tuple[End, End, Route]:
     source, target = random_pair(seed)
     return source, target, compile_route(source, target)

@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.once import once
 from tests.tiny import CONFIG, batch
 from weft.build.model import assemble
 from weft.models.hybrid import HybridLM
@@ -49,7 +50,7 @@ def loss_of(model: HybridLM, seed: int) -> Tensor:
     return extra + sum(found.mtp)
 
 
-@cache
+@once(16)
 def plain(micro: int, **changes: object) -> tuple[dict, list[float], dict]:
     """Gradients of the first of two steps, norms, and parameters after the last: torch and nothing else."""
     model = build(None, **changes)
@@ -250,16 +251,17 @@ def test_bytes(ranks: int) -> None:
         sections = (section for flat in store.flats for section in flat.sections)
         tables = sum(s.width * 8 for s in sections if s.slots[0].spec.name in ("embed.weight", "head.weight"))
         operations = ("all_reduce", "reduce_scatter", "all_gather")
-        once = sum(received("all_reduce", ranks, 8 * (r.stop - r.start)) for f in store.flats for r in f.runs)
-        return [*map(ledger.bytes, operations), shard, tables, once]
+        runs = [run for flat in store.flats for run in flat.runs]
+        alone = sum(received("all_reduce", ranks, 8 * (run.stop - run.start)) for run in runs)
+        return [*map(ledger.bytes, operations), shard, tables, alone]
 
     for level in range(4):
-        for summed, scattered, gathered, shard, tables, once in run_threads(
+        for summed, scattered, gathered, shard, tables, alone in run_threads(
             ranks, partial(moved, level=level)
         ):
             if level == 0:
-                assert (summed, scattered, gathered) == (once, 0, 0)
-                assert once == pytest.approx(2 * (ranks - 1) / ranks * shard, rel=0.01)  # but for padding
+                assert (summed, scattered, gathered) == (alone, 0, 0)
+                assert alone == pytest.approx(2 * (ranks - 1) / ranks * shard, rel=0.01)  # but for padding
                 continue
             others = ranks - 1
             again = others * (shard - tables) if level == 3 else 0  # tables form no gradient from themselves
