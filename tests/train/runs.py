@@ -18,7 +18,12 @@ def small(run_dir: Path, config: RunConfig, device: str = "cpu", **checkpoint: o
         config,
         run=replace(config.run, dir=str(run_dir), device=device, threads=1),
         data=replace(
-            config.data, source="mock", blend="", seq_length=32, cache=str(run_dir.parent / "cache")
+            config.data,
+            source="mock",
+            blend="",
+            seq_length=32,
+            mock_tokens=32_768,
+            cache=str(run_dir.parent / "cache"),
         ),
         train=replace(config.train, train_iters=STEPS, global_batch_size=4, micro_batch_size=2),
         scheduler=replace(config.scheduler, lr_warmup_iters=1, lr_wsd_decay_iters=2),

@@ -18,6 +18,18 @@ from weft.train.run import train
 TIMES = ("seconds", "tokens_per_second", "mfu", "memory_gib")
 
 
+@pytest.fixture
+def reported() -> None:
+    """For tests that want the report of a run."""
+
+
+@pytest.fixture(autouse=True)
+def brief(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures of a report take longer than all else in such a run."""
+    if "reported" not in request.fixturenames:
+        monkeypatch.setattr("weft.train.run.write_report", lambda directory: None)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, precision: str) -> None:
     recipe = build("nemotron3_super_pretrain_tiny")
@@ -64,6 +76,7 @@ def test_microbatches_and_recomputation_do_not_change_the_run(tmp_path: Path, re
     assert losses[0] == pytest.approx(losses[1], abs=1e-10)
 
 
+@pytest.mark.usefixtures("reported")
 def test_what_a_run_leaves(tmp_path: Path) -> None:
     where = train(small(tmp_path / "run", build("nemotron3_super_pretrain_tiny")), {"run.seed": "default"})
     files = {path.name for path in where.iterdir()}
@@ -163,6 +176,7 @@ def test_another_precision_is_refused(tmp_path: Path) -> None:
         train(other, {})
 
 
+@pytest.mark.usefixtures("reported")
 def test_a_model_that_cannot_be_exported_still_has_its_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +188,7 @@ def test_a_model_that_cannot_be_exported_still_has_its_report(
     assert "no Hugging Face export of this run" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("reported")
 def test_a_failed_export_loses_neither_summary_nor_report(tmp_path: Path) -> None:
     config = small(tmp_path / "run", build("nemotron3_nano_30b_pretrain_tiny"))
     (tmp_path / "run" / "export").mkdir(parents=True)
