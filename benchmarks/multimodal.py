@@ -18,23 +18,18 @@ import torch
 
 from weft.train.environment import environment
 
-RANKS, STEPS, WARM, ROUNDS, TOKENS = 4, 14, 4, 2, 15  # tokens of a sample: every digit has as many
+RANKS, STEPS, WARM, ROUNDS, TOKENS = 4, 44, 4, 2, 15  # tokens of a sample: every digit has as many
 HEAVY = ("num_hidden_layers=8", "hidden_size=192", "intermediate_size=768")
 PLANS = {
     "homogeneous dp 4": ("plan.vision.dp=4", "plan.decoder.dp=4"),
     "homogeneous tp 2 dp 2": ("plan.vision.tp=2", "plan.decoder.tp=2"),
     "homogeneous tp 4": ("plan.vision.tp=4", "plan.decoder.tp=4"),
     "encoder dp 4, decoder tp 2 dp 2": ("plan.vision.dp=4", "plan.decoder.tp=2"),
-    "encoder dp 4, decoder tp 4": ("plan.vision.dp=4", "plan.decoder.tp=4"),
     "encoder dp 4, decoder pp 2 dp 2, in bubbles": (
         "plan.vision.dp=4",
         "plan.decoder.pp=2",
         "plan.schedule.encoder_order=bubble",
         "plan.schedule.encoder_groups_in_flight=4",
-    ),
-    "encoder on 2 ranks, decoder dp 2 on 2 others": (
-        "plan.vision.ranks=0-1",
-        "plan.decoder.ranks=2-3",
     ),
     "encoder on 3 ranks, decoder on 1 other": ("plan.vision.ranks=0-2", "plan.decoder.ranks=3-3"),
 }

@@ -64,11 +64,13 @@ def _estimated(run: RunConfig) -> str:
 
 def _grids(plan: Plan) -> Iterator[tuple[str, Grid]]:
     """Roles and their grids; where pipeline ranks differ, those of each."""
-    for role in ("decoder", "experts"):
+    plans = plan.of_stages or (plan,)
+    roles = {"decoder": [one.dense.grid for one in plans], "experts": [one.experts.grid for one in plans]}
+    for role, grids in roles.items():
         if not plan.of_stages:
-            yield role, getattr(plan, role).grid
-        for position, each in enumerate(plan.of_stages):
-            grid = getattr(each, role).grid
+            yield role, grids[0]
+            continue
+        for position, grid in enumerate(grids):
             length = len(grid.ranks) // grid.size("pp")
             own = grid.ranks[position * length : (position + 1) * length]
             axes = tuple(pair for pair in grid.axes if pair[0] != "pp")
